@@ -1,0 +1,543 @@
+"""Lesson 2: the image latent diffusion model (Sec. 2, Table 8). Everything later stands on it, frozen.
+
+Two trainings in one script. First an autoencoder: frames to latents with f = 4 or 8 and back, L1 plus a little KL (or a
+codebook), a patch discriminator joining late. Then a U-Net that denoises latents of single frames, conditioned through
+cross-attention on labels (night, number of cars), on boxes, or on text; the condition is dropped at p_drop, so that one
+model samples with, without and with guided conditions.
+
+  python 02_image_ldm.py                        12 minutes on 2 cores
+  python 02_image_ldm.py --condition boxes      the variant that draws a scene from boxes; shares the autoencoder
+  python 02_image_ldm.py --condition boxes --sample-boxes boxes.json
+  python 02_image_ldm.py --pixel                no autoencoder: the pixel-space backbone of Table 1
+
+Expect at the cpu preset: held-out reconstruction of 28 dB and more, 20 dB and more on car pixels alone; samples with
+road, dashes and cars.
+
+Reads nothing. Writes OUT/02_image_ldm/: autoencoder.pt, checkpoint.pt, reconstructions.png, samples.png, metrics.png.
+The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the frame, left, top, right, bottom:
+[[0.45, 0.5, 0.6, 0.7]].
+"""
+
+import json
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from common.autoencoder import Autoencoder, ResnetBlock
+from common.blocks import TemporalOptions, sinusoids
+from common.data import Clips, open_data
+from common.diffusion import Diffusion, guide
+from common.measures import box_mask, psnr
+from common.pictures import plot_metrics, sheet
+from common.scenes import MAX_CARS
+from common.training import (
+    EMA,
+    BaseConfig,
+    Run,
+    UserError,
+    adamw,
+    channels_last,
+    check_lineage,
+    clip_and_warm_up,
+    cli,
+    command,
+    dry_run,
+    load_checkpoint,
+    load_part,
+    parse,
+    preset_config,
+    training_loop,
+)
+
+NAME = "02_image_ldm"
+HELD_OUT = 1_000_000_000  # keys of held-out batches begin here
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
+    pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
+    sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
+    height: int = 64  # frame height in pixels
+    width: int = 128  # frame width in pixels
+    # the autoencoder (Table 8)
+    ae_channels: int = 32  # base width
+    ae_multipliers: tuple[int, ...] = (1, 2, 2)  # factor of the width per level; f = 2^(levels - 1)
+    ae_depth: int = 1  # residual blocks per level
+    ae_attention: bool = False  # attention in the blocks of the lowest level
+    latent_channels: int = 4  # channels of z
+    regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
+    codes: int = 16384  # codebook size for vq
+    ae_steps: int = 900  # training steps of the autoencoder
+    ae_batch: int = 8  # frames per step
+    ae_lr: float = 2e-3  # learning rate of autoencoder and discriminator
+    kl_weight: float = 1e-6  # weight of the KL term
+    gan_start: int = 750  # step at which the discriminator joins; tiny models blow up when it comes early
+    gan_weight: float = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
+    # the U-Net (Table 6)
+    channels: int = 64  # base width
+    multipliers: tuple[int, ...] = (1, 2, 2)  # factor of the width per level
+    depth: int = 1  # residual blocks per level
+    attention: tuple[int, ...] = (2, 4)  # downsampling factors with transformers
+    heads: int = 0  # attention heads; 0: from head_channels
+    head_channels: int = 32  # channels per head
+    context_dim: int = 64  # width of the condition tokens
+    fusion_layers: int = 2  # depth of the small transformer over boxes or words
+    # diffusion
+    schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # linear in sqrt(beta) (latents) or in beta (pixels)
+    beta_start: float = 0.0015  # first beta
+    beta_end: float = 0.0195  # last beta
+    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
+    steps: int = 1800  # training steps of the U-Net
+    batch: int = 16  # frames per step
+    lr: float = 1e-3  # learning rate of the U-Net
+    warmup: int = 50  # steps of linear warm-up
+    ema_decay: float = 0.995  # decay of the weight average
+    p_drop: float = 0.1  # probability of dropping the condition
+    ddim_steps: int = 50  # sampling steps
+    eta: float = 1.0  # 0 deterministic, 1 ancestral
+    guidance: float = 2.0  # scale of classifier-free guidance on the condition
+    samples: int = 16  # pictures in samples.png and frames in the held-out numbers
+
+
+PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,
+             ae_batch=64, ae_steps=200_000, gan_start=50_000, gan_weight=0.6, warmup=1, ema_decay=0.9999, lr=1e-4)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
+                  channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
+                  steps=4, batch=2, ddim_steps=3, samples=2),
+    "cpu": {},
+    "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
+                ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
+                attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999,
+                warmup=1000, ddim_steps=100, save_every=2000),
+    # Tables 6 and 8, driving. Autoencoder: LDM's VQ-f8; its training length is not in the paper (a guess stands above).
+    # Attention resolutions 16, 8, 4 are widths of feature maps of 32-wide latents: factors 2, 4, 8.
+    "paper": PAPER | dict(regularizer="vq", ae_attention=True, channels=224, multipliers=(1, 2, 2, 3, 4), depth=4,
+                          attention=(2, 4, 8), context_dim=256, steps=73_000, batch=640, ddim_steps=200),
+    # Tables 6 and 8, Mountain Biking: no labels. Attention resolutions 32, 16, 8: factors 1, 2, 4.
+    "biking": PAPER | dict(condition="none", channels=256, multipliers=(1, 2, 4), depth=2, attention=(1, 2, 4), heads=4,
+                           head_channels=0, context_dim=0, beta_start=0.0003, beta_end=0.022, steps=14_000, batch=300,
+                           ddim_steps=100, guidance=1.0, p_drop=0.0, gan_weight=0.5),
+}
+# Table 7's Pixel-baseline: 128 channels on 128 x 256 x 3, attention at factors 8 and 16, and the DDPM betas.
+PIXEL = dict(schedule="linear", beta_start=1e-4, beta_end=0.02)
+PIXEL_NETWORK = {
+    "smoke": dict(multipliers=(1, 1, 2), attention=(4,)),
+    "cpu": dict(channels=32, multipliers=(1, 2, 2, 4), attention=(8,)),
+    "gpu": dict(channels=64, multipliers=(1, 1, 2, 2, 4), attention=(8, 16)),
+    "paper": dict(channels=128, multipliers=(1, 1, 2, 3, 4), depth=2, attention=(8, 16), steps=42_000, batch=480),
+}
+PIXEL_NETWORK["biking"] = PIXEL_NETWORK["paper"]
+
+
+def presets(pixel: bool) -> dict[str, dict]:
+    return {name: p | (PIXEL | PIXEL_NETWORK[name] if pixel else {}) for name, p in PRESETS.items()}
+
+
+# %% The condition: labels, boxes or words to tokens
+
+
+class Conditioner(nn.Module):
+    """Clips to cross-attention tokens, b n d. `drop` (b, bool) replaces a condition by "unknown".
+
+    labels: one token, the sum of an embedding of night and one of the number of cars (App. F: sequence length 1);
+    boxes: one token a car, coordinates embedded and fused by a transformer (App. H.1); text: one token a word, likewise.
+    """
+
+    WORDS, LENGTH = 2048, 16
+
+    def __init__(self, kind: str, dim: int, layers: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "labels":
+            self.night, self.cars = nn.Embedding(3, dim), nn.Embedding(MAX_CARS + 2, dim)  # the last: unknown
+        elif kind in ("boxes", "text"):
+            self.unknown = nn.Parameter(torch.zeros(dim))
+            self.embed = nn.Linear(4 * 32, dim) if kind == "boxes" else nn.Embedding(self.WORDS + 1, dim)
+            self.position = nn.Parameter(torch.zeros(self.LENGTH if kind == "text" else MAX_CARS, dim))
+            layer = nn.TransformerEncoderLayer(dim, max(1, dim // 32), 4 * dim, 0.0, F.gelu, batch_first=True,
+                                               norm_first=True)
+            self.fuse = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, clips: Clips, drop: torch.Tensor | None = None) -> torch.Tensor | None:
+        if self.kind == "none":
+            return None
+        device = next(self.parameters()).device
+        drop = torch.zeros(len(clips.night), dtype=torch.bool) if drop is None else drop
+        if self.kind == "labels":
+            night = torch.where(drop | (clips.night < 0), 2, clips.night)
+            cars = torch.where(drop | (clips.cars < 0), MAX_CARS + 1, clips.cars.clamp(max=MAX_CARS))
+            return (self.night(night.to(device)) + self.cars(cars.to(device)))[:, None]  # b 1 d
+        if self.kind == "boxes":
+            boxes = clips.boxes[:, 0].to(device)  # b n 4, of the first frame
+            tokens = self.embed(rearrange(sinusoids(1000 * boxes.flatten(), 32), "(b n k) c -> b n (k c)",
+                                          b=len(boxes), k=4))
+        else:
+            tokens = self.embed(torch.stack([self.words(caption) for caption in clips.captions]).to(device))
+        tokens = self.fuse(tokens + self.position)
+        return torch.where(drop.to(device)[:, None, None], self.unknown.to(tokens.dtype), tokens)
+
+    @classmethod
+    def words(cls, caption: str) -> torch.Tensor:
+        """Word numbers by a hash, so that no vocabulary has to be kept; 0 fills up."""
+        words = [1 + zlib.crc32(word.encode()) % cls.WORDS for word in caption.lower().split()][: cls.LENGTH]
+        return torch.tensor(words + [0] * (cls.LENGTH - len(words)))
+
+
+# %% The model: what this lesson makes and the later ones freeze
+
+
+def build_autoencoder(config: Config, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
+    return Autoencoder(config.ae_channels, config.ae_multipliers, config.ae_depth, config.latent_channels,
+                       config.regularizer, config.codes, config.ae_attention, block)
+
+
+class ImageModel:
+    """The image LDM as later lessons see it: configuration, autoencoder, conditioner, diffusion, spatial weights."""
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+        self.config, self.device = config, device
+        self.autoencoder = None if config.pixel else channels_last(build_autoencoder(config)).to(device)
+        self.conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(device)
+        self.diffusion = Diffusion(config.schedule, config.beta_start, config.beta_end, config.parameterization, device)
+        self.weights: dict[str, torch.Tensor] = {}
+        factor = 1 if config.pixel else self.autoencoder.factor
+        if config.height % factor or config.width % factor:
+            raise UserError(f"--height {config.height} --width {config.width}: not divisible by f = {factor}")
+        channels = 3 if config.pixel else config.latent_channels
+        self.shape = (channels, config.height // factor, config.width // factor)
+        if self.shape[1] % 2 ** (len(config.multipliers) - 1) or self.shape[2] % 2 ** (len(config.multipliers) - 1):
+            raise UserError(f"latents of {self.shape[1]} x {self.shape[2]} cannot be halved "
+                            f"{len(config.multipliers) - 1} times; change --height, --width or --multipliers")
+
+    def unet(self, temporal: TemporalOptions | None = None):
+        """The U-Net with this model's spatial weights, and with temporal layers where asked for."""
+        from common.unet import UNet
+
+        c = self.config
+        unet = UNet(self.shape[0], self.shape[0], c.channels, c.multipliers, c.depth, c.attention, c.heads,
+                    c.head_channels, c.context_dim if c.condition != "none" else 0, temporal=temporal)
+        if self.weights:
+            unet.load_state_dict(self.weights, strict=temporal is None)
+        return channels_last(unet).to(self.device)
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Frames `b t 3 H W` to latents `(b t) c h w`; pixels stay pixels for the pixel baseline."""
+        frames = rearrange(video, "b t c h w -> (b t) c h w").to(self.device)
+        if self.config.pixel:
+            return frames
+        with torch.no_grad():
+            return self.autoencoder.encode(frames.contiguous(memory_format=torch.channels_last)).float()
+
+    def decode(self, z: torch.Tensor, frames: int = 1, chunk: int = 32) -> torch.Tensor:
+        """Latents `(b t) c h w` to frames `b t 3 H W`, on the CPU, a chunk at a time."""
+        if not self.config.pixel:
+            with torch.no_grad():
+                z = torch.cat([self.autoencoder.decode(part).cpu() for part in z.split(chunk)])
+        return rearrange(z.float().cpu().clamp(-1, 1), "(b t) c h w -> b t c h w", t=frames)
+
+    @property
+    def lineage(self) -> dict:
+        """What must agree between this model and everything built on it."""
+        data = self.config.data if self.config.data == "driving" else Path(self.config.data).resolve().name
+        scale = 1.0 if self.config.pixel else float(self.autoencoder.scale)
+        return {"data": data, "height": self.config.height, "width": self.config.width, "latent_scale": scale}
+
+    @classmethod
+    def planned(cls, config: BaseConfig, pixel: bool = False) -> "ImageModel":
+        """The model a preset would have, without weights, on the meta device: for --dry-run."""
+        with torch.device("meta"):
+            return cls(preset_config(Config, presets(pixel), config.preset, data=config.data, pixel=pixel), "meta")
+
+    @classmethod
+    def load(cls, run: Run, variant: str = "") -> "ImageModel":
+        """The trained model (averaged weights) from OUT, with `config` and `lineage` checked against this run."""
+        name = f"{NAME}-{variant}" if variant else NAME
+        flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
+        remedy = command(NAME, run.config, *flags)
+        path = run.config.folder() / name / "checkpoint.pt"
+        content = load_checkpoint(path, remedy)
+        model = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}),
+                    run.device)
+        mine = run.config.data if run.config.data == "driving" else Path(run.config.data).resolve().name
+        check_lineage({"lineage": content["lineage"]}, {"data": mine}, path, remedy)
+        if model.autoencoder is not None:
+            load_autoencoder(run, model.autoencoder, command(NAME, run.config))
+            model.autoencoder.requires_grad_(False).eval()
+        check_lineage(content, model.lineage, path, remedy)
+        shadow = content["ema"]["shadow"]
+        model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
+        load_part(model.conditioner, {k.removeprefix("conditioner."): v for k, v in shadow.items()
+                                      if k.startswith("conditioner.")}, path)
+        model.conditioner.requires_grad_(False)
+        return model
+
+
+def load_autoencoder(run: Run, autoencoder: Autoencoder, remedy: str) -> None:
+    """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it)."""
+    path = run.config.folder() / NAME / "autoencoder.pt"
+    content = load_checkpoint(path, remedy)
+    load_part(autoencoder, content["autoencoder"], path)
+    autoencoder.scale.fill_(content.get("latent_scale", 1.0))
+
+
+# %% Training the autoencoder: L1, KL, and a patch discriminator that joins late
+
+
+class PatchDiscriminator(nn.Module):
+    """A convolutional critic: one score per patch, b 3 h w -> b 1 h/8 w/8 (PatchGAN, kernel 4)."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        widths = [3, channels, 2 * channels, 4 * channels]
+        layers: list[nn.Module] = []
+        for c, out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(c, out, 4, stride=2, padding=1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss: scores of real patches above 1, of reconstructed ones below -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """|grad reconstruction| / |grad GAN| at the decoder's last layer: keeps the two terms in balance."""
+    grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, gan)]
+    return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
+
+
+def train_autoencoder(run: Run, config: Config, source) -> Autoencoder:
+    """Trains E and D on single frames, then measures the latent scale and keeps it in the checkpoint."""
+    torch.manual_seed(config.seed)  # initial weights
+    autoencoder = channels_last(build_autoencoder(config)).to(run.device)
+    critic = channels_last(PatchDiscriminator(config.ae_channels)).to(run.device)
+    optimizer, critic_optimizer = (torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.5, 0.9), fused=True)
+                                   for m in (autoencoder, critic))
+    extra: dict = {}
+    parts = {"autoencoder": autoencoder, "critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    for step in training_loop(run, config.ae_steps, parts, extra, "autoencoder.pt", "autoencoder.csv"):
+        x = source.clips((config.seed, 0, step), config.ae_batch, 1, config.final_fps).video[:, 0]
+        x = x.to(run.device).contiguous(memory_format=torch.channels_last)  # b 3 H W
+        noise = run.noise((len(x), config.latent_channels, x.shape[2] // autoencoder.factor,
+                           x.shape[3] // autoencoder.factor), "autoencoder", step)
+        with run.autocast():
+            z, regularization = autoencoder.regularize(x, noise)
+            reconstruction = autoencoder.decoder(autoencoder.post_quant_conv(z)).float()
+            l1 = (reconstruction - x).abs().mean()
+            loss = l1 + (config.kl_weight if config.regularizer == "kl" else 1.0) * regularization
+            weight = torch.zeros(())
+            if step >= config.gan_start:
+                gan = -critic(reconstruction).float().mean()
+                weight = config.gan_weight * adaptive_weight(l1, gan, autoencoder.decoder.conv_out.weight)
+                loss = loss + weight * gan
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        critic_loss = torch.zeros(())
+        if step >= config.gan_start:
+            critic_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here
+            with run.autocast():
+                critic_loss = hinge_loss(critic(x).float(), critic(reconstruction.detach()).float())
+            critic_loss.backward()
+            critic_optimizer.step()
+        if step + 1 == config.ae_steps:
+            extra["latent_scale"] = measure_scale(run, config, autoencoder, source)
+        run.log(step, l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
+    return autoencoder
+
+
+@torch.no_grad()
+def measure_scale(run: Run, config: Config, autoencoder: Autoencoder, source) -> float:
+    """1 / standard deviation of the latents of some training frames."""
+    x = source.clips((config.seed, 1), 8 * config.ae_batch, 1, config.final_fps).video[:, 0].to(run.device)
+    with run.autocast():
+        return float(1 / autoencoder.moments(x)[0].std())
+
+
+# %% Training the U-Net: Eq. (1)
+
+
+def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.Module, EMA]:
+    torch.manual_seed(config.seed + 1)  # initial weights
+    conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(run.device)
+    model = nn.ModuleDict({"unet": image.unet(), "conditioner": conditioner})
+    optimizer, ema = adamw(model, config.lr), EMA(model, config.ema_decay)
+    parts = {"model": model, "optimizer": optimizer, "ema": ema}
+    diffusion = image.diffusion
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        clips = source.clips((config.seed, 2, step), config.batch, 1, config.final_fps)
+        with run.autocast():
+            x = image.encode(clips.video)  # b c h w
+        draw = run.generator("diffusion", step)
+        tau = diffusion.random_tau(len(x), draw)
+        drop = torch.rand(len(x), generator=draw) < config.p_drop
+        eps = torch.randn(x.shape, generator=draw).to(run.device)
+        x_tau = diffusion.diffuse(x, eps, tau)
+        with run.autocast():
+            output = model["unet"](x_tau, tau, conditioner(clips, drop)).float()
+        loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    return model, ema
+
+
+# %% Sampling
+
+
+def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: float, run: Run, steps: int, eta: float,
+                  *key: object, label: str = "") -> torch.Tensor:
+    """Latents of one frame for each row of `clips` (whose labels, boxes or captions condition it): b c h w."""
+    count = len(clips.night)
+    context = image.conditioner(clips)
+    nothing = image.conditioner(clips, torch.ones(count, dtype=torch.bool))
+
+    def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        with run.autocast():
+            output = unet(x, tau, context)
+            return output if context is None or guidance == 1 else guide(unet(x, tau, nothing), output, guidance)
+
+    noise = run.noise((count, *image.shape), "sample", *key)
+    return image.diffusion.ddim(predict, noise, steps, eta, run.generator("ddim", *key),
+                                clamp=1.0 if image.config.pixel else None, label=label)
+
+
+def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", boxes: list | None = None) -> Clips:
+    """Rows of conditions with no video: what to ask a model for."""
+    slots = torch.zeros(count, 1, MAX_CARS, 4)
+    if boxes:
+        slots[:, 0, : len(boxes)] = torch.tensor(boxes, dtype=torch.float32)
+    return Clips(torch.zeros(count, 1, 3, 0, 0), torch.full((count,), night), torch.full((count,), cars), slots,
+                 [caption] * count)
+
+
+def read_boxes(path: str) -> list:
+    """The boxes of a --sample-boxes file. Anything but up to MAX_CARS quadruples in [0, 1] is a UserError."""
+    try:
+        boxes = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sample-boxes {path}: not a readable JSON file ({error})") from None
+    good = isinstance(boxes, list) and len(boxes) <= MAX_CARS and all(
+        isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+        and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1 for box in boxes)
+    if not good:
+        raise UserError(f"--sample-boxes {path}: want a list of at most {MAX_CARS} boxes [x0, y0, x1, y1] in [0, 1]")
+    return boxes
+
+
+# %% Figures and numbers
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Module, ema: EMA) -> None:
+    held_out = source.clips((config.seed, HELD_OUT), 4 * config.samples, 1, config.final_fps, "held-out")
+    with run.autocast():
+        z = image.encode(held_out.video)
+        if not config.pixel:
+            decoded = image.decode(z)
+            run.report("held-out reconstruction PSNR", psnr(decoded, held_out.video), "dB", at_least=28)
+            cars = box_mask(held_out.boxes, config.height, config.width)
+            if cars.any():
+                run.report("held-out PSNR on car pixels", psnr(decoded, held_out.video, cars), "dB", at_least=20)
+            run.report("latent scale", float(image.autoencoder.scale))
+            pick = slice(0, min(8, config.samples))
+            sheet([held_out.video[pick, 0], decoded[pick, 0]], run.folder / "reconstructions.png")
+            plot_metrics(run.folder / "autoencoder.csv", ["l1", "gan_weight"], "autoencoder")
+    with ema.applied():
+        image.conditioner = model["conditioner"]
+        context, taus = image.conditioner(held_out), [50, 200, 400, 600, 800, 950]
+
+        def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+            with run.autocast():
+                return model["unet"](x, tau, context)
+
+        losses = image.diffusion.loss_at(predict, z, run.noise(z.shape, "held-out"), taus)
+        for tau, loss in zip(taus, losses, strict=True):
+            run.report(f"held-out {config.parameterization}-loss at tau {tau}", loss)
+        pictures = []
+        for row, wanted in enumerate(wanted_rows(config, source, held_out)):
+            z = sample_images(model["unet"], image, wanted, config.guidance, run, config.ddim_steps, config.eta, row,
+                              label="samples")
+            with run.autocast():
+                pictures.append(image.decode(z)[:, 0])
+    sheet(pictures, run.folder / "samples.png")
+    plot_metrics(run.folder / "metrics.csv", ["loss"], "image diffusion")
+    print(f"pictures: {run.folder}/samples.png" + ("" if config.pixel else ", reconstructions.png"))
+
+
+def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
+    """Conditions for samples.png: by day, by night with two cars, crowded; or those of held-out frames."""
+    count = max(1, config.samples // 2)
+    if config.condition == "labels" and source.labelled:
+        return [conditions(count, 0, 0), conditions(count, 0, 2), conditions(count, 1, 2)]
+    if config.condition in ("boxes", "text"):
+        return [Clips(held_out.video[:count], held_out.night[:count], held_out.cars[:count], held_out.boxes[:count],
+                      held_out.captions[:count])]
+    return [conditions(count), conditions(count)]
+
+
+def draw_boxes(run: Run, config: Config) -> None:
+    """--sample-boxes: the image of a scene drawn as boxes, for 08_sample_long.py --first-frame (Sec. 4.1.2)."""
+    boxes = read_boxes(config.sample_boxes)
+    image = ImageModel.load(run, "boxes")
+    z = sample_images(image.unet(), image, conditions(1, boxes=boxes), config.guidance, run, config.ddim_steps,
+                      config.eta, "boxes", label="boxes")
+    with run.autocast():
+        frame = image.decode(z)[0]
+    sheet([frame], run.folder / "from_boxes.png", gap=0)
+    print(f"pictures: {run.folder}/from_boxes.png; continue it with: "
+          f"python 08_sample_long.py --first-frame {run.folder}/from_boxes.png --futures 2")
+
+
+# %% Main
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    config = parse(Config, presets("--pixel" in words), argv, __doc__)
+    variant = "pixel" if config.pixel else "" if config.condition in ("labels", PRESETS[config.preset].get("condition")) \
+        else config.condition
+    if config.dry_run:
+        with torch.device("meta"):
+            image = ImageModel(config, "meta")
+            unet, conditioner = image.unet(), image.conditioner
+        models = {"unet": unet, "conditioner": conditioner} | ({} if config.pixel else {"autoencoder": image.autoencoder})
+        tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[config.condition]
+        return dry_run(config, models, {"frames": (config.batch, 3, config.height, config.width),
+                                        "latents": (config.batch, *image.shape),
+                                        "context": (config.batch, tokens, config.context_dim if tokens else 0)})
+    run = Run(NAME, config, variant)
+    if config.sample_boxes:
+        return draw_boxes(run, config)
+    source = open_data(config.data, config.height, config.width, config.final_fps)
+    image = ImageModel(config, run.device)
+    if not config.pixel:
+        if not variant:
+            image.autoencoder = train_autoencoder(run, config, source)
+        load_autoencoder(run, image.autoencoder, command(NAME, config))
+        image.autoencoder.requires_grad_(False).eval()
+    model, ema = train_unet(run, config, source, image)
+    evaluate(run, config, source, image, model, ema)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

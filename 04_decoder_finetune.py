@@ -1,0 +1,376 @@
+"""Lesson 4: a decoder that knows about time (Sec. 3.1.1, Tables 3, 8 and 14).
+
+An image decoder, frame by frame, turns smooth latents into flickering video. Here temporal layers (3D convolutions of
+kernel 3,3,3, merged by alpha as in lesson 3) enter the decoder, and the whole decoder is fine-tuned on clips of 6 frames
+at the final rate: reconstruction, a perceptual term, and a patch-wise video discriminator made of 3D convolutions. The
+encoder stays frozen, so every latent the diffusion models know keeps its meaning.
+
+  python 04_decoder_finetune.py                         6 minutes on 2 cores
+  python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
+  python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
+  python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
+
+Expect at the cpu preset: held-out flicker at least 20 % below the image decoder's, PSNR within 0.3 dB of it.
+
+Reads OUT/02_image_ldm. Writes OUT/04_decoder_finetune/: checkpoint.pt (the video decoder), features.pt, decoders.png,
+time_slices.png, decoders.gif, metrics.png.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from common.autoencoder import Autoencoder, ResnetBlock
+from common.blocks import group_norm, zero
+from common.data import DrivingScenes, open_data
+from common.measures import box_mask, flicker, psnr
+from common.pictures import animation, plot_metrics, sheet
+from common.scenes import MAX_CARS
+from common.training import (
+    BaseConfig,
+    Run,
+    UserError,
+    adamw,
+    channels_last,
+    check_lineage,
+    clip_and_warm_up,
+    cli,
+    command,
+    dry_run,
+    is_temporal,
+    load_checkpoint,
+    load_part,
+    parse,
+    training_loop,
+)
+
+lesson02 = import_module("02_image_ldm")
+NAME = "04_decoder_finetune"
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    frames: int = 6  # frames of a training clip
+    kernel: int = 3  # temporal kernel, of kernel x 3 x 3 convolutions
+    steps: int = 260  # training steps
+    batch: int = 2  # clips per step
+    lr: float = 4e-4  # learning rate of decoder and discriminators
+    warmup: int = 20  # steps of linear warm-up
+    freeze_spatial: bool = False  # train the new temporal layers only
+    perceptual_weight: float = 0.1  # weight of the perceptual term
+    lpips: str = ""  # TorchScript file (x, y in [-1, 1] -> distance) to use as perceptual term
+    feature_steps: int = 250  # training steps of the feature network when there is no LPIPS file
+    gan_start: int = 130  # step at which the discriminators join
+    gan_weight: float = 0.1  # times the adaptive weight
+    image_discriminator: bool = False  # an additional frame-wise discriminator (Table 14)
+    samples: int = 8  # held-out clips in the numbers
+
+
+PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
+    "cpu": {},
+    "gpu": PAPER | dict(steps=20_000, batch=8, lr=1e-4, gan_start=5000, save_every=2000),
+    "paper": PAPER | dict(steps=41_000),  # Table 8: 4 clips on each of 8 GPUs; discriminator start and weights not given
+    "biking": PAPER | dict(steps=78_000, batch=40, lr=5e-5, gan_weight=0.5),
+}
+
+
+# %% The video decoder
+
+
+class FrameResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3D conv, twice, plus identity; the last conv starts at zero. b c t h w"""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        conv = (lambda: nn.Conv3d(channels, channels, (kernel, 3, 3), padding=(kernel // 2, 1, 1)))
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), conv())
+        self.out_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Identity(), zero(conv()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.out_layers(self.in_layers(x))
+
+
+class VideoResnetBlock(ResnetBlock):
+    """The decoder's residual block, a temporal one behind it, merged by alpha, which multiplies the spatial branch.
+
+    (Stable Video Diffusion's decoder has the same layers with alpha on the other branch; this follows the paper.)
+    `frames` is set by `set_frames` before a pass; None decodes images and skips the temporal layers.
+    """
+
+    frames: int | None = None
+    kernel: int = 3
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels)
+        self.time_stack = FrameResnetBlock(out_channels, self.kernel)
+        self.mix_factor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().forward(x)  # (b t) c h w
+        if self.frames is None:
+            return z
+        z_prime = rearrange(self.time_stack(rearrange(z, "(b t) c h w -> b c t h w", t=self.frames)),
+                            "b c t h w -> (b t) c h w")
+        return z + (1 - self.mix_factor.sigmoid().to(z.dtype)) * (z_prime - z)
+
+
+def set_frames(autoencoder: Autoencoder, frames: int | None) -> None:
+    """Tells every block how many frames a clip has. The plain decoder's forward then serves for video as it is."""
+    for module in autoencoder.decoder.modules():
+        if isinstance(module, VideoResnetBlock):
+            module.frames = frames
+
+
+def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
+    """The image model's autoencoder with temporal layers in its decoder: equal to it at the start."""
+    block = type("VideoResnetBlock", (VideoResnetBlock,), {"kernel": kernel})
+    autoencoder = lesson02.build_autoencoder(image.config, block)
+    missing, _ = autoencoder.load_state_dict(image.autoencoder.state_dict(), strict=False)
+    assert all(is_temporal(name) for name in missing), missing
+    autoencoder.scale.copy_(image.autoencoder.scale)
+    return channels_last(autoencoder).to(image.device)
+
+
+def load_video_autoencoder(run: Run, image) -> Autoencoder:
+    """The autoencoder with this lesson's decoder, from OUT."""
+    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    autoencoder = video_autoencoder(image, content["config"]["kernel"])
+    train_decoder(autoencoder, content["config"]["freeze_spatial"])
+    load_part(autoencoder, content["autoencoder"], path)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
+    """Freezes the encoder (and the codebook), trains the decoder, or of it the temporal layers alone."""
+    for name, parameter in autoencoder.named_parameters():
+        ours = name.startswith(("decoder.", "post_quant_conv."))
+        parameter.requires_grad_(ours and (is_temporal(name) or not freeze_spatial))
+
+
+def portions(length: int, size: int) -> list[int]:
+    """Where portions of `size` frames begin, so that all are full: the last one overlaps backwards."""
+    if length <= size:
+        return [0]
+    return [*range(0, length - size, size), length - size]
+
+
+@torch.no_grad()
+def decode_video(run: Run, autoencoder: Autoencoder, z: torch.Tensor, size: int) -> torch.Tensor:
+    """Latents of one video `t c h w` to frames `t 3 H W`, in portions of `size` frames."""
+    frames = None
+    for start in portions(len(z), size):
+        part = z[start: start + size]
+        set_frames(autoencoder, len(part))
+        with run.autocast():
+            decoded = autoencoder.decode(part.to(run.device)).cpu().clamp(-1, 1)
+        if frames is None:
+            frames = decoded.new_empty(len(z), *decoded.shape[1:])
+        done = start if start % size == 0 else start + (-start) % size  # keep what an earlier portion decoded
+        frames[done: start + len(part)] = decoded[done - start:]
+    return frames
+
+
+# %% Losses: perceptual features and discriminators
+
+
+class FeatureNetwork(nn.Module):
+    """A small network that learns to read a scene (night, number of cars, where cars are); its features are the
+    perceptual space. b 3 h w -> features at four scales."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 3 * width, 4 * width]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, out, 3, stride=2, padding=1), group_norm(out), nn.SiLU(),
+                          nn.Conv2d(out, out, 3, padding=1), group_norm(out), nn.SiLU())
+            for c, out in zip(widths, widths[1:], strict=False))
+        self.where, self.what = nn.Conv2d(widths[-2], 1, 1), nn.Linear(widths[-1], 2 + MAX_CARS)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+    def loss(self, clips) -> torch.Tensor:
+        """How badly it reads the scene: night, number of cars (0 to MAX_CARS), cars on a grid of cells."""
+        x = clips.video[:, 0].to(self.where.weight.device)
+        features = self(x)
+        said = self.what(features[-1].mean(dim=(2, 3))).float()
+        cells = F.adaptive_avg_pool2d(box_mask(clips.boxes[:, 0], *x.shape[-2:]), features[-2].shape[-2:]).to(x.device)
+        where = F.binary_cross_entropy_with_logits(self.where(features[-2]).float(), (cells > 0.5).float())
+        night = F.binary_cross_entropy_with_logits(said[:, 0], clips.night.to(x.device).float())
+        return where + night + F.cross_entropy(said[:, 1:], clips.cars.to(x.device))
+
+
+def train_features(run: Run, config: Config, image) -> FeatureNetwork:
+    """Trains the feature network on procedural scenes, whatever the data are: they come with labels and no download."""
+    torch.manual_seed(config.seed + 40)
+    features = channels_last(FeatureNetwork()).to(run.device)
+    scenes, optimizer = DrivingScenes(image.config.height, image.config.width, 30.0), adamw(features, 2e-3)
+    for step in training_loop(run, config.feature_steps, {"features": features, "optimizer": optimizer},
+                              file="features.pt", metrics="features.csv"):
+        clips = scenes.clips((config.seed, 4, step), 16, 1, 30.0)
+        with run.autocast():
+            loss = features.loss(clips)
+        loss.backward()
+        clip_and_warm_up(optimizer, step, 2e-3, 20)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.log(step, loss=loss)
+    return features.requires_grad_(False).eval()
+
+
+def perceptual_distance(features: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared distance of channel-normalised features, averaged over positions and summed over scales (as LPIPS)."""
+    if isinstance(features, torch.jit.ScriptModule):
+        return features(a, b).mean()
+    pairs = zip(features(a), features(b), strict=True)
+    return sum((F.normalize(x.float(), dim=1) - F.normalize(y.float(), dim=1)).square().sum(1).mean() for x, y in pairs)
+
+
+class VideoDiscriminator(nn.Module):
+    """A patch-wise critic of clips made of 3D convolutions: b 3 t h w -> b 1 t h/8 w/8. Time is never strided: a clip
+    has only 6 frames."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths = [3, channels, 2 * channels, 4 * channels]
+        layers: list[nn.Module] = []
+        for c, out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv3d(c, out, (3, 4, 4), (1, 2, 2), 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return self.layers(rearrange(video, "b t c h w -> b c t h w"))
+
+
+class FrameDiscriminator(lesson02.PatchDiscriminator):
+    """The image critic of lesson 2 on every frame of a clip (Table 14)."""
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return super().forward(rearrange(video, "b t c h w -> (b t) c h w"))
+
+
+# %% Training
+
+
+def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoencoder:
+    torch.manual_seed(config.seed)
+    autoencoder = video_autoencoder(image, config.kernel)
+    train_decoder(autoencoder, config.freeze_spatial)
+    critics = nn.ModuleList([VideoDiscriminator()] + ([FrameDiscriminator(32)] if config.image_discriminator else []))
+    critics = channels_last(critics).to(run.device)
+    optimizer = torch.optim.Adam([p for p in autoencoder.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9))
+    critic_optimizer = torch.optim.Adam(critics.parameters(), config.lr, betas=(0.5, 0.9))
+    parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    # the adaptive weight is taken at the decoder's last layer, or at its last trained one
+    last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        video = source.clips((config.seed, 5, step), config.batch, config.frames, config.final_fps).video.to(run.device)
+        frames = rearrange(video, "b t c h w -> (b t) c h w")
+        set_frames(autoencoder, config.frames)
+        with run.autocast():
+            z = image.encode(video)  # the frozen encoder
+            decoded = autoencoder.decode(z)  # (b t) c h w
+            l1 = (decoded - frames).abs().mean()
+            perceptual = perceptual_distance(features, decoded, frames)
+            loss = reconstruction = l1 + config.perceptual_weight * perceptual
+            weight, clip = torch.zeros(()), rearrange(decoded, "(b t) c h w -> b t c h w", t=config.frames)
+            if step >= config.gan_start:
+                gan = -sum(critic(clip).float().mean() for critic in critics)
+                weight = config.gan_weight * lesson02.adaptive_weight(reconstruction, gan, last)
+                loss = reconstruction + weight * gan
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        critic_loss = torch.zeros(())
+        if step >= config.gan_start:
+            critic_optimizer.zero_grad(set_to_none=True)
+            with run.autocast():
+                critic_loss = sum(lesson02.hinge_loss(c(video).float(), c(clip.detach()).float()) for c in critics)
+            critic_loss.backward()
+            critic_optimizer.step()
+        run.log(step, l1=l1, perceptual=perceptual, gan_weight=weight, critic=critic_loss)
+    return autoencoder.eval()
+
+
+# %% Figures and numbers
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) -> None:
+    length = 2 * config.frames
+    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, length, config.final_fps, "held-out").video
+    with run.autocast():
+        z = image.encode(real)
+        by_image = image.decode(z, length)
+    clips = rearrange(z, "(b t) c h w -> b t c h w", t=length)
+    by_video = torch.stack([decode_video(run, autoencoder, clip, config.frames) for clip in clips])
+    before, after = flicker(by_image, real), flicker(by_video, real)
+    run.report("flicker, image decoder", before)
+    run.report("flicker, video decoder", after)
+    run.report("flicker, change", 100 * (after / before - 1), "%", at_most=-20)
+    run.report("PSNR, image decoder", psnr(by_image, real), "dB")
+    run.report("PSNR, video decoder", psnr(by_video, real), "dB")
+    run.report("PSNR, change", psnr(by_video, real) - psnr(by_image, real), "dB", at_least=-0.3)
+    seam = config.frames
+    steps = (by_video.diff(dim=1) - real.diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))  # error of each step in time
+    run.report("flicker at the seam of portions over elsewhere",
+               float(steps[seam - 1] / torch.cat([steps[:seam - 1], steps[seam:]]).mean()))
+    alphas = [float(p.sigmoid()) for n, p in autoencoder.named_parameters() if n.endswith("mix_factor")]
+    run.report("alpha, smallest", min(alphas))
+    run.report("alpha, largest", max(alphas))
+    sheet([real[0, :seam], by_image[0, :seam], by_video[0, :seam]], run.folder / "decoders.png")
+    row = real.shape[-2] * 2 // 3  # one line of pixels over time: flicker shows as streaks across it
+    slices = [rearrange(v[:4, :, :, row], "b t c w -> b c t w").repeat_interleave(6, dim=2) for v in (real, by_image, by_video)]
+    sheet(slices, run.folder / "time_slices.png")
+    animation(torch.stack([real[0], by_image[0], by_video[0]]), run.folder / "decoders.gif", config.final_fps / 4, 3)
+    plot_metrics(run.folder / "metrics.csv", ["l1", "perceptual", "gan_weight"], "video decoder")
+    print(f"pictures: {run.folder}/decoders.png, time_slices.png, decoders.gif (real, image decoder, video decoder)")
+
+
+# %% Main
+
+
+def load_lpips(path: str, device: torch.device) -> nn.Module:
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--lpips {path}: not a readable TorchScript file ({str(error).splitlines()[0]})") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, __doc__)
+    if config.dry_run:
+        image = lesson02.ImageModel.planned(config)
+        with torch.device("meta"):
+            autoencoder = video_autoencoder(image, config.kernel)
+            critic = VideoDiscriminator()
+        train_decoder(autoencoder, config.freeze_spatial)
+        video = (config.batch, config.frames, 3, image.config.height, image.config.width)
+        return dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
+                       {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
+    run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
+    image = lesson02.ImageModel.load(run)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    features = load_lpips(config.lpips, run.device) if config.lpips else train_features(run, config, image)
+    autoencoder = train(run, config, source, image, features)
+    evaluate(run, config, source, image, autoencoder)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,340 @@
+"""Lesson 5: prediction, context guidance and long videos by iteration (Sec. 3.2, Eqs. 3 and 4, Table 1).
+
+Changes from lesson 3: the temporal layers are told some frames. A mask m_S marks the first S of T frames, S in {0, 1, 2};
+c_S = (m_S * z, m_S) goes, resized to each level and through a learned convolution, into the 3D-conv blocks. Training
+starts from lesson 3's temporal weights with the new context columns at zero. With S = 1 a start frame continues, in as
+many futures as there are seeds; with S = 2, again and again, it becomes a long video.
+
+  python 05_prediction.py                          6 minutes on 2 cores
+  python 05_prediction.py --temporal attention     the ablations of Table 1, each in a folder of its own:
+                                                   also --temporal conv, --end-to-end, --pixel
+Expect at the cpu preset: given frames come back; the best of 8 futures is nearer to the truth than a copy of the last
+given frame; things move as far as in real clips (within 20 %).
+
+Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/05_prediction/: checkpoint.pt (temporal weights),
+futures.png, futures.gif, guidance.png, metrics.png.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from common.blocks import TemporalOptions
+from common.data import Clips, open_data
+from common.diffusion import guide
+from common.measures import motion, psnr
+from common.pictures import animation, plot_metrics, plt, save_figure, sheet
+from common.training import (
+    EMA,
+    BaseConfig,
+    Run,
+    UserError,
+    adamw,
+    check_lineage,
+    clip_and_warm_up,
+    cli,
+    command,
+    count,
+    dry_run,
+    is_temporal,
+    load_checkpoint,
+    parse,
+    training_loop,
+)
+
+lesson02 = import_module("02_image_ldm")
+lesson03 = import_module("03_temporal_layers")
+NAME = "05_prediction"
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    frames: int = 8  # T, frames of a clip
+    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    known_features: int = 32  # channels c_S is embedded to ("context channels")
+    context_shares: tuple[float, ...] = (0.2, 0.4, 0.4)  # probabilities of S = 0, 1, 2 (not given in the paper)
+    temporal: Literal["both", "attention", "conv"] = "both"  # which temporal layers (attention: twice as many)
+    end_to_end: bool = False  # train spatial and temporal layers together from nothing
+    pixel: bool = False  # on the pixel-space image model of 02_image_ldm.py --pixel
+    steps: int = 500  # training steps
+    batch: int = 2  # clips per step
+    lr: float = 1e-3  # learning rate
+    warmup: int = 50  # steps of linear warm-up
+    ema_decay: float = 0.995  # decay of the weight average
+    ddim_steps: int = 25  # sampling steps
+    eta: float = 1.0  # 0 deterministic, 1 ancestral
+    guidance: float = 2.0  # scale s of context guidance, Eq. (4)
+    sweep: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)  # scales in guidance.png
+    samples: int = 4  # held-out clips in the numbers
+    futures: int = 8  # futures sampled for each
+
+
+PAPER = dict(known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(frames=4, known_features=16, steps=3, batch=1, ddim_steps=2, samples=1, futures=2, sweep=(1.0, 2.0)),
+    "cpu": {},
+    "gpu": PAPER | dict(steps=40_000, batch=16, warmup=1000, ddim_steps=100, save_every=2000),
+    # Table 6, driving prediction: 9 clips on each of 40 GPUs. p_S is not in the paper: ours.
+    "paper": PAPER | dict(frames=10, alpha_frames=10, steps=146_000, batch=360, ddim_steps=200),
+    "biking": PAPER | dict(frames=8, alpha_frames=8, steps=107_000, batch=160, ddim_steps=100),
+}
+
+
+# %% Eq. (3): masks and the context c_S
+
+
+def prediction_mask(known: torch.Tensor, frames: int) -> torch.Tensor:
+    """m_S: S frames known at the start. known: b, the S of each clip -> b t of zeros and ones."""
+    return (torch.arange(frames) < known[:, None]).float()
+
+
+def masked_context(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """c_S = (m_S * z, m_S). z: (b t) c h w, mask: b t -> (b t) c+1 h w.
+
+    The mask comes first: what it hides is multiplied by zero before anything sees it. S = 0 is all zeros, the mask
+    included, which is how the network is told that nothing is known (also the first term of Eq. 4).
+    """
+    mask = repeat(mask.to(z), "b t -> (b t) 1 h w", h=z.shape[2], w=z.shape[3])
+    return torch.cat([mask * z, mask], dim=1)
+
+
+# %% Model
+
+
+def temporal_options(config: Config, image) -> TemporalOptions:
+    """Temporal layers with c_S. Attention alone has no 3D-conv blocks and so no c_S of this kind: see `build`."""
+    known = image.shape[0] + 1
+    options = dict(alpha_frames=config.alpha_frames, known_channels=known, known_features=config.known_features)
+    if config.temporal == "conv":
+        return TemporalOptions(**options, attention_blocks=0)
+    if config.temporal == "attention":
+        return TemporalOptions(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2,
+                               ff_mult=matching_ff_mult(config, image))
+    return TemporalOptions(**options)
+
+
+def matching_ff_mult(config: Config, image) -> float:
+    """The feed-forward width at which twice the attention layers have as many trained parameters as both kinds.
+
+    Table 1 says "equal trainable parameters"; parameters are linear in the width, so two counts give the answer.
+    """
+    def trained(**options) -> int:
+        with torch.device("meta"):
+            return count(lesson02.ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
+
+    goal = trained(alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1,
+                   known_features=config.known_features)
+    narrow, wide = (trained(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2, ff_mult=m) for m in (1, 2))
+    return max(0.25, 1 + (goal - narrow) / (wide - narrow))
+
+
+def build(config: Config, image) -> nn.Module:
+    unet = image.unet(temporal_options(config, image))
+    if config.temporal == "attention":
+        # How context reached the attention-only model is not in the paper. Here c_S enters at the U-Net's input, as
+        # in the paper's text-to-video interpolation, through new columns that start at zero and are trained.
+        first = unet.input_blocks[0][0]
+        wider = nn.Conv2d(2 * image.shape[0] + 1, first.out_channels, 3, padding=1).to(first.weight)
+        with torch.no_grad():
+            wider.weight.zero_()
+            wider.weight[:, : image.shape[0]] = first.weight
+            wider.bias.copy_(first.bias)
+        unet.input_blocks[0][0] = wider
+    unet.train_temporal_only()
+    if config.temporal == "attention":
+        unet.input_blocks[0][0].requires_grad_(True)
+    if config.end_to_end:
+        unet.requires_grad_(True)
+    return unet
+
+
+def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None,
+             c_S: torch.Tensor, frames: int) -> torch.Tensor:
+    """f(z_tau; c_S). z_tau: (b t) c h w, tau: b, c_S: (b t) c+1 h w."""
+    if not unet.temporal.known_channels:  # attention-only
+        return unet(torch.cat([z_tau, c_S], dim=1), tau, context, frames=frames)
+    return unet(z_tau, tau, context, frames=frames, known=c_S)
+
+
+def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
+    """The trained prediction model (averaged weights) from OUT, and its configuration."""
+    path = run.config.folder() / (f"{NAME}-{variant}" if variant else NAME) / "checkpoint.pt"
+    remedy = command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()})
+    unet = build(config, image)
+    unet.load_state_dict(content["ema"]["shadow"], strict=False)
+    return unet.requires_grad_(False).eval(), config
+
+
+# %% Training: Eq. (3)
+
+
+def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+    torch.manual_seed(config.seed)
+    if config.end_to_end:
+        image.weights = {}
+    unet = build(config, image)
+    if not config.end_to_end and not config.pixel:
+        lesson03.grow(unet, lesson03.load_temporal(run, image))
+    optimizer, ema = adamw(unet, config.lr), EMA(unet, config.ema_decay)
+    diffusion, shares = image.diffusion, torch.tensor(config.context_shares)
+    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        clips = source.clips((config.seed, 6, step), config.batch, config.frames, config.final_fps / 16)
+        with run.autocast():
+            z = image.encode(clips.video)  # (b t) c h w
+        draw = run.generator("diffusion", step)
+        mask = prediction_mask(torch.multinomial(shares, config.batch, True, generator=draw), config.frames)
+        c_S = masked_context(z, mask)
+        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
+        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
+        eps = torch.randn(z.shape, generator=draw).to(run.device)
+        tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+        z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
+        with run.autocast():
+            output = run_unet(unet, z_tau, tau, image.conditioner(clips, drop), c_S, config.frames).float()
+        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    return unet, ema
+
+
+# %% Sampling: Eq. (4)
+
+
+@torch.no_grad()
+def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, config: Config, run: Run, *key: object,
+                  guidance: float | None = None, label: str = "") -> torch.Tensor:
+    """Continues clips. known: b s c h w, the latents of the S first frames (S = 0, 1, 2) -> b t c h w, all frames.
+
+    clips: the labels of each row. The known frames are denoised along with the others and come back nearly as given.
+    """
+    scale = config.guidance if guidance is None else guidance
+    b, s = known.shape[:2]
+    z = torch.cat([known, known.new_zeros(b, config.frames - s, *image.shape)], dim=1).to(run.device)
+    mask = prediction_mask(torch.full((b,), s), config.frames)
+    c_S = masked_context(rearrange(z, "b t c h w -> (b t) c h w"), mask)
+    context = image.conditioner(clips)
+
+    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        tau = tau[:: config.frames]
+        with run.autocast():
+            output = run_unet(unet, z_tau, tau, context, c_S, config.frames)
+            if scale == 1 or s == 0:
+                return output
+            # Eq. (4): f(z) + s (f(z; c_S) - f(z))
+            return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config.frames), output, scale)
+
+    noise = run.noise((b * config.frames, *image.shape), "sample", *key)
+    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
+                             clamp=1.0 if image.config.pixel else None, label=label)
+    return rearrange(z, "(b t) c h w -> b t c h w", b=b)
+
+
+def rows(clips: Clips, times: int) -> Clips:
+    """Every row of the labels `times` times."""
+    pick = torch.arange(len(clips.night)).repeat_interleave(times)
+    return Clips(clips.video[pick], clips.night[pick], clips.cars[pick], clips.boxes[pick],
+                 [clips.captions[i] for i in pick.tolist()])
+
+
+# %% Figures and numbers
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA) -> None:
+    fps, n = config.final_fps / 16, config.futures
+    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, config.frames, fps, "held-out")
+    reference = source.clips((config.seed, lesson02.HELD_OUT), 8 * config.samples, config.frames, fps, "held-out")
+    with run.autocast():
+        z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", t=config.frames)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        with run.autocast():
+            return image.decode(rearrange(latents, "b t c h w -> (b t) c h w"), config.frames)
+
+    truth = decode(z)
+    with ema.applied():
+        futures = decode(predict_clips(unet, image, z[:, :1].repeat_interleave(n, 0), rows(real, n), config, run, 1,
+                                       label="futures, S = 1"))
+        second = decode(predict_clips(unet, image, z[:, :2], real, config, run, 2, label="S = 2"))
+        by_scale = {s: decode(predict_clips(unet, image, z[:, :1], real, config, run, 1, guidance=s, label=f"s = {s:g}"))
+                    for s in config.sweep}
+    truths = truth.repeat_interleave(n, 0)
+    run.report("given frame, S = 1, PSNR", psnr(futures[:, 0], truths[:, 0]), "dB", at_least=25)
+    run.report("given frames, S = 2, PSNR", psnr(second[:, :2], truth[:, :2]), "dB", at_least=25)
+    each = torch.tensor([psnr(a, b) for a, b in zip(futures[:, 1], truths[:, 1], strict=True)]).view(-1, n)
+    copied = torch.tensor([psnr(a, b) for a, b in zip(truth[:, 0], truth[:, 1], strict=True)])
+    run.report("copied frame, first predicted frame, PSNR", float(copied.mean()), "dB")
+    run.report("mean of futures, first predicted frame, PSNR", float(each.mean()), "dB")
+    run.report("best of futures, first predicted frame, PSNR", float(each.amax(1).mean()), "dB")
+    run.report("best of futures over the copy", float((each.amax(1) - copied).mean()), "dB", at_least=0)
+    real_distance, real_mismatch = (x.mean() for x in motion(reference.video))
+    distance, mismatch = (x.mean() for x in motion(futures))
+    run.report("motion, distance over real", float(distance / real_distance), at_least=0.8, at_most=1.2)
+    run.report("motion, mismatch over real", float(mismatch / real_mismatch))
+    run.report("spread of futures at the last frame", float(futures[:, -1].view(-1, n, *futures.shape[2:]).std(1).mean()))
+    sheet([truth[0], *futures[: min(n, 3)], second[0]], run.folder / "futures.png")
+    animation(futures[:n], run.folder / "futures.gif", fps)
+    plot_sweep(run, by_scale, truth, float(real_distance))
+    plot_metrics(run.folder / "metrics.csv", ["loss"], "prediction")
+    print(f"pictures: {run.folder}/futures.png (truth, three futures, S = 2), futures.gif, guidance.png")
+
+
+def plot_sweep(run: Run, by_scale: dict[float, torch.Tensor], truth: torch.Tensor, real_distance: float) -> None:
+    """Context guidance: fidelity to the given frame, motion and contrast against the scale s."""
+    scales, figure = list(by_scale), plt.figure(figsize=(9, 2.6))
+    for i, (name, values) in enumerate({
+        "PSNR of the given frame (dB)": [psnr(v[:, 0], truth[:, 0]) for v in by_scale.values()],
+        "motion over real": [float(motion(v)[0].mean()) / real_distance for v in by_scale.values()],
+        "contrast at the last frame over real": [float(v[:, -1].std() / truth[:, -1].std()) for v in by_scale.values()],
+    }.items()):
+        axis = figure.add_subplot(1, 3, i + 1)
+        axis.plot(scales, values, "o-")
+        axis.set(xlabel="context guidance s", title=name)
+    figure.tight_layout()
+    save_figure(figure, run.folder / "guidance.png")
+
+
+# %% Main
+
+
+def variant_of(config: Config) -> str:
+    names = [config.temporal] if config.temporal != "both" else []
+    return "-".join(names + ["end-to-end"] * config.end_to_end + ["pixel"] * config.pixel)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, __doc__)
+    if len(config.context_shares) != 3 or min(config.context_shares) < 0 or sum(config.context_shares) <= 0:
+        raise UserError("--context-shares wants three numbers, not negative: the shares of S = 0, 1 and 2")
+    if config.dry_run:
+        image = lesson02.ImageModel.planned(config, config.pixel)
+        with torch.device("meta"):
+            unet = build(config, image)
+        return dry_run(config, {"unet": unet}, {
+            "clips": (config.batch, config.frames, *image.shape),
+            "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:])})
+    run = Run(NAME, config, variant_of(config))
+    image = lesson02.ImageModel.load(run, "pixel" if config.pixel else "")
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    unet, ema = train(run, config, source, image)
+    evaluate(run, config, source, image, unet, ema)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

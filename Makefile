@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` (trains what is missing, writes a long video) and `make test`.
+# TORCH_CONSTRAINTS: a pip constraints file; the tested torch by default, since an unpinned install can pull several GB.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_CONSTRAINTS ?= constraints.txt
+PRESET ?= cpu
+OUT ?= runs/$(PRESET)-driving
+RUN = $(VENV)/bin/python
+FLAGS = --preset $(PRESET) --out $(OUT)
+LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 05_prediction 06_interpolation \
+          07_upsampler
+
+.PHONY: install demo course smoke test lint
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml $(TORCH_CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c $(TORCH_CONSTRAINTS) -e ".[video,dev]"
+	touch $@
+
+# A lesson is run again only when its checkpoint is missing, so an interrupted course goes on where it stopped.
+$(OUT)/%/checkpoint.pt: | $(VENV)/installed
+	$(RUN) $*.py $(FLAGS) --resume
+
+$(OUT)/03_temporal_layers/checkpoint.pt: | $(OUT)/02_image_ldm/checkpoint.pt
+$(OUT)/04_decoder_finetune/checkpoint.pt: | $(OUT)/02_image_ldm/checkpoint.pt
+$(OUT)/05_prediction/checkpoint.pt: | $(OUT)/03_temporal_layers/checkpoint.pt
+$(OUT)/06_interpolation/checkpoint.pt: | $(OUT)/03_temporal_layers/checkpoint.pt
+
+demo: $(LESSONS:%=$(OUT)/%/checkpoint.pt)
+	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
+
+course: demo
+
+smoke: $(VENV)/installed
+	rm -rf runs/smoke-driving
+	for lesson in $(LESSONS) 08_sample_long; do $(RUN) $$lesson.py --preset smoke || exit 1; done
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .

@@ -1,0 +1,116 @@
+"""The diffusion process of Sec. 2: variance preserving, 1000 steps, eps- or v-prediction, DDIM sampling.
+
+`tau` is diffusion time, an integer in 0..999 (frames are `t`). At every tau, alpha^2 + sigma^2 = 1; these are the
+paper's alpha_tau and sigma_tau, not the merge parameter alpha of the temporal layers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+
+def make_betas(schedule: str, beta_start: float, beta_end: float, steps: int = 1000) -> torch.Tensor:
+    """The two things called "linear". LDM's code (and so every Stable Diffusion weight) means linear in sqrt(beta);
+    Ho et al., whom App. F names, mean linear in beta. Latent models here use the first, pixel models the second."""
+    if schedule == "sqrt_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    if schedule == "linear":
+        return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    raise ValueError(f"schedule {schedule!r}: use sqrt_linear or linear")
+
+
+class Diffusion:
+    """Schedule and parameterization of one model. Shapes are any `b ...`; tau is an int64 tensor of shape b.
+
+    parameterization: "v" (target alpha eps - sigma x, Sec. 2) or "eps" (target eps).
+    """
+
+    def __init__(self, schedule: str, beta_start: float, beta_end: float, parameterization: str,
+                 device: torch.device | str = "cpu") -> None:
+        if parameterization not in ("v", "eps"):
+            raise ValueError(f"parameterization {parameterization!r}: use v or eps")
+        alpha_bar = torch.cumprod(1 - make_betas(schedule, beta_start, beta_end), 0)
+        self.alpha = alpha_bar.sqrt().float().to(device)
+        self.sigma = (1 - alpha_bar).sqrt().float().to(device)
+        self.parameterization, self.steps, self.device = parameterization, len(alpha_bar), device
+
+    def levels(self, tau: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_tau and sigma_tau, shaped to multiply `like` (b ...)."""
+        shape = (-1,) + (1,) * (like.dim() - 1)
+        return self.alpha[tau].view(shape), self.sigma[tau].view(shape)
+
+    def random_tau(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniform tau, as the paper samples it."""
+        return torch.randint(0, self.steps, (count,), generator=generator).to(self.device)
+
+    def diffuse(self, x: torch.Tensor, eps: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = self.levels(tau, x)
+        return alpha * x + sigma * eps  # x_tau of Eq. (1)
+
+    def target(self, x: torch.Tensor, eps: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """y of Eq. (1): what the network is asked for."""
+        if self.parameterization == "eps":
+            return eps
+        alpha, sigma = self.levels(tau, x)
+        return alpha * eps - sigma * x
+
+    def split(self, output: torch.Tensor, x_tau: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean x and the noise eps that a network output stands for."""
+        alpha, sigma = self.levels(tau, x_tau)
+        if self.parameterization == "eps":
+            return (x_tau - sigma * output) / alpha, output
+        return alpha * x_tau - sigma * output, sigma * x_tau + alpha * output
+
+    def ddim_times(self, steps: int) -> torch.Tensor:
+        """Exactly `steps` distinct diffusion times, from 999 (pure noise, where sampling begins) downwards.
+
+        LDM's range(0, 1000, 1000 // n) + 1 gives another number of steps whenever n does not divide 1000, and begins
+        below 999, where the noise it is handed is not what the model was trained on.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"DDIM steps {steps}: use 1 to {self.steps}")
+        return (torch.arange(self.steps, 0, -self.steps / steps, dtype=torch.float64)[:steps].round() - 1).long()
+
+    @torch.no_grad()
+    def ddim(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int,
+             eta: float, generator: torch.Generator, clamp: float | None = None, label: str = "") -> torch.Tensor:
+        """DDIM (Song et al.): eta 0 is deterministic, eta 1 ancestral.
+
+        predict(x_tau, tau) gives the network's output; noise: b ...; clamp bounds the clean estimate (pixel models
+        know their range); label, if given, names the progress bar.
+        """
+        times = self.ddim_times(steps).tolist()
+        x = noise
+        for now, after in tqdm(list(zip(times, times[1:] + [-1], strict=True)), desc=label, disable=not label or None,
+                               leave=False, mininterval=1.0):
+            tau = torch.full((len(x),), now, device=x.device, dtype=torch.long)
+            clean, eps = self.split(predict(x, tau).float(), x, tau)
+            if after < 0:
+                return clean.clamp(-clamp, clamp) if clamp else clean
+            alpha, sigma, alpha_next, sigma_next = self.alpha[now], self.sigma[now], self.alpha[after], self.sigma[after]
+            if clamp:
+                clean = clean.clamp(-clamp, clamp)
+                eps = (x - alpha * clean) / sigma
+            # Song et al. Eq. (16): the part of the next noise level that is drawn afresh
+            fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
+            x = alpha_next * clean + (sigma_next**2 - fresh**2).clamp(min=0).sqrt() * eps
+            if eta > 0:
+                x = x + fresh * torch.randn(x.shape, generator=generator).to(x.device)
+        return x
+
+    @torch.no_grad()
+    def loss_at(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
+                eps: torch.Tensor, taus: list[int]) -> list[float]:
+        """Mean squared error at each noise level with the same noise: the training loss averages this away."""
+        losses = []
+        for level in taus:
+            tau = torch.full((len(x),), level, device=x.device, dtype=torch.long)
+            output = predict(self.diffuse(x, eps, tau), tau).float()
+            losses.append(float((output - self.target(x, eps, tau)).square().mean()))
+        return losses
+
+
+def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """u + s (c - u): classifier-free guidance, and with the context as condition Eq. (4), context guidance."""
+    return unconditional + scale * (conditional - unconditional)

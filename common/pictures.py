@@ -1,0 +1,105 @@
+"""Pictures and videos out of tensors: sheets, animations, mp4, and the style of every plot."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from common.training import UserError
+
+matplotlib.use("Agg")  # no screen on a cluster
+import matplotlib.pyplot as plt  # noqa: E402
+
+plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.grid": True, "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False})
+
+
+def to_uint8(video: torch.Tensor) -> np.ndarray:
+    """`... c h w` in [-1, 1] -> `... h w c` uint8."""
+    return rearrange(((video.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte(), "... c h w -> ... h w c").numpy()
+
+
+def sheet(rows: Sequence[torch.Tensor], path: Path, gap: int = 2) -> None:
+    """Writes rows of pictures, each `n c h w` in [-1, 1], as one PNG; a clip a row makes a film strip."""
+    strips = []
+    for row in rows:
+        pictures = [np.pad(picture, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for picture in to_uint8(row)]
+        strips.append(np.concatenate(pictures, axis=1))
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+    save_image(np.concatenate(strips), path)
+
+
+def save_image(pixels: np.ndarray, path: Path) -> None:
+    """Writes h w 3 uint8 as PNG; a large one with a palette, which keeps it small enough for a README."""
+    image = Image.fromarray(pixels)
+    if pixels.size > 300_000:
+        image = image.quantize(192, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+
+
+def animation(clips: torch.Tensor, path: Path, fps: float, columns: int = 4) -> None:
+    """Writes clips `b t c h w` side by side as a looping gif."""
+    rows = -(-len(clips) // columns)
+    padded = torch.cat([clips, clips.new_ones(rows * columns - len(clips), *clips.shape[1:])])
+    frames = to_uint8(rearrange(padded, "(r k) t c h w -> t c (r h) (k w)", r=rows))
+    save_animation(frames, path, fps)
+
+
+def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float) -> None:
+    """Writes frames (h w 3, uint8) as a looping gif or webp, by the suffix. Frames may come from a generator."""
+    images = (Image.fromarray(frame) for frame in frames)
+    if path.suffix == ".gif":
+        images = (image.quantize(128, dither=Image.Dither.NONE) for image in images)
+    first = next(images)
+    first.save(path, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=70, method=3)
+
+
+class VideoWriter:
+    """Streams frames into an mp4 (H.264, yuv420p, which every player opens), a frame in memory at a time."""
+
+    def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
+        try:
+            import av
+        except ImportError:
+            raise UserError('mp4 needs the video extra: pip install av (or pip install -e ".[video]")') from None
+        from fractions import Fraction
+
+        self.av, self.container = av, av.open(str(path), "w")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        self.stream.height, self.stream.width = height // 2 * 2, width // 2 * 2
+        self.stream.pix_fmt, self.stream.options = "yuv420p", {"crf": "18"}
+
+    def write(self, frame: np.ndarray) -> None:
+        """frame: h w 3 uint8."""
+        frame = np.ascontiguousarray(frame[: self.stream.height, : self.stream.width])
+        for packet in self.stream.encode(self.av.VideoFrame.from_ndarray(frame, format="rgb24")):
+            self.container.mux(packet)
+
+    def close(self) -> None:
+        for packet in self.stream.encode():
+            self.container.mux(packet)
+        self.container.close()
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_metrics(path: Path, columns: Sequence[str], title: str, smooth: int = 50) -> None:
+    """Plots columns of a metrics.csv, each raw (faint) and averaged over `smooth` rows, to a PNG beside it."""
+    table = np.genfromtxt(path, delimiter=",", names=True, invalid_raise=False)
+    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.6), squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        values = np.atleast_1d(table[column])
+        window = min(smooth, len(values))
+        axis.plot(np.atleast_1d(table["step"]), values, alpha=0.25, color="C0")
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        axis.plot(np.atleast_1d(table["step"])[window - 1:], mean, color="C0")
+        axis.set(xlabel="step", ylabel=column, title=title)
+    save_figure(figure, path.with_suffix(".png"))

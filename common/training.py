@@ -1,0 +1,456 @@
+"""What every script repeats and none is about: flags, folders, checkpoints, EMA, the loop around a training step.
+
+A script reads like this:
+
+    config = parse(Config, PRESETS, argv, __doc__)
+    run = Run("03_temporal_layers", config)
+    for step in training_loop(run, config.steps, {"model": unet, "optimizer": optimizer, "ema": ema}):
+        ...noise, prediction, loss, backward, optimizer step: written out in the script...
+        run.log(step, loss=loss)
+
+Randomness is keyed, never carried: `run.generator("noise", step)` depends on the seed, the script and the step only,
+so a resumed run draws what an uninterrupted one would have drawn and no random state has to be stored.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import tempfile
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can put right. One line: what, where, what to do. Becomes exit code 2, without a traceback."""
+
+
+# %% Config: one dataclass per script; the comment behind a field is its --help
+
+
+@dataclasses.dataclass(kw_only=True)
+class BaseConfig:
+    preset: str = "cpu"  # smoke, cpu, gpu, paper or biking (the two columns of the paper's Tables 6 to 8)
+    data: str = "driving"  # "driving" for the built-in scenes, or a folder of videos
+    final_fps: float = 30.0  # final frame rate; key frames have a sixteenth of it
+    out: str = ""  # results folder; default runs/PRESET-DATA
+    seed: int = 0  # seed of everything random
+    device: str = "auto"  # auto, cpu, cuda, mps
+    precision: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    threads: int = 0  # CPU threads; 0 leaves it to torch
+    save_every: int = 500  # steps between checkpoints (one is always written at the end and on Ctrl-C)
+    resume: bool = False  # go on from this script's last checkpoint
+    overwrite: bool = False  # replace a folder that another configuration made
+    dry_run: bool = False  # print configuration, parameter counts and shapes; write nothing
+
+    def folder(self) -> Path:
+        name = "driving" if self.data == "driving" else Path(self.data).resolve().name
+        return Path(self.out or f"runs/{self.preset}-{name}")
+
+
+RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run", "sample_boxes"}
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """{field: the comment behind it}, read from the source of the dataclass and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    (\w+): .*?  # (.*)", line):
+                found[match[1]] = match[2]
+    return found
+
+
+def preset_config(config_class: type, presets: dict[str, dict], preset: str, **overrides):
+    """The configuration of a preset. An unknown name is a UserError."""
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: this script has {', '.join(presets)}")
+    return config_class(**{"preset": preset, **presets[preset], **overrides})
+
+
+def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, doc: str):
+    """Flags to configuration: defaults of the dataclass, overridden by the preset, overridden by the flags."""
+    # allow_abbrev off: a prefix that happens to be unique today would silently mean something else tomorrow.
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    comments, hints = field_help(config_class), typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        options: dict = {"dest": field.name, "default": argparse.SUPPRESS, "help": comments.get(field.name, "")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options.update(type=typing.get_args(kind)[0], nargs="*")
+        else:
+            options["type"] = kind
+        parser.add_argument(flag, **options)
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    preset = given.pop("preset", "cpu")
+    config = preset_config(config_class, presets, preset, **given)
+    for name in ("steps", "batch", "frames", "ddim_steps", "save_every"):
+        if getattr(config, name, 1) < (0 if name == "steps" else 1):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    if not config.final_fps > 0:
+        raise UserError(f"--final-fps {config.final_fps}: must be positive")
+    return config
+
+
+def cli(main: Callable[[list[str] | None], object]) -> int:
+    """Runs a script's main: a UserError becomes one line and exit code 2."""
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch or the resolution", file=sys.stderr)
+        return 2
+    return 0
+
+
+# %% The run: folder, device, precision, random numbers, metrics
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed tensors. Otherwise over half of the time of a small step goes into page faults."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32 (AMX on CPUs), else float32."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--precision {name}: use auto, float32 or bfloat16")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has_amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if has_amx else torch.float32
+
+
+class Run:
+    """One script's folder OUT/NN_name[-variant], its device and precision, its random numbers and its metrics.
+
+    Raises UserError when the folder was made by another configuration and neither --resume nor --overwrite is given.
+    """
+
+    def __init__(self, name: str, config: BaseConfig, variant: str = "") -> None:
+        self.name, self.config = name, config
+        self.folder = config.folder() / (f"{name}-{variant}" if variant else name)
+        keep_freed_memory()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.precision, self.device)
+        self.numbers: dict[str, dict] = {}
+        self.metrics, self.last_row = self.folder / "metrics.csv", {}
+        try:
+            self._claim_folder()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
+        print(f"{name}: {self.folder}, {self.device.type}, {str(self.dtype).removeprefix('torch.')}", flush=True)
+
+    def _claim_folder(self) -> None:
+        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in RUNTIME_FIELDS}
+        mine = json.loads(json.dumps(mine))
+        path = self.folder / "config.json"
+        if path.exists() and not (self.config.resume or self.config.overwrite):
+            try:
+                theirs = json.loads(path.read_text())
+            except ValueError:
+                raise UserError(f"{path} is damaged; use --overwrite to start this folder anew") from None
+            changed = [k for k in mine if k in theirs and theirs[k] != mine[k]]
+            if changed:
+                what = ", ".join(f"{k} {theirs[k]} -> {mine[k]}" for k in changed[:3])
+                raise UserError(f"{self.folder} was made with another configuration ({what}): --overwrite or --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", platform.platform()]
+        lines += [f"device {self.device}", f"precision {self.dtype}", f"threads {torch.get_num_threads()}"]
+        lines += ["command " + " ".join(sys.argv)]
+        write_text(self.folder / "env.txt", "\n".join(lines) + "\n")
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A CPU generator that depends on (seed, script, key) only. Noise is drawn on the CPU on every device."""
+        digest = hashlib.blake2b(repr((self.config.seed, self.name, *key)).encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def noise(self, shape: torch.Size | tuple[int, ...], *key: object) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=self.generator(*key)).to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def log(self, step: int, **values: float | torch.Tensor) -> None:
+        """Appends a row to the metrics file of the current loop. A loss that is not finite stops the run before it is saved."""
+        row = {name: float(value) for name, value in values.items()}
+        for name, value in row.items():
+            if value != value or abs(value) == float("inf"):
+                raise UserError(f"{self.name}: {name} is {value} at step {step}; the last checkpoint is kept, lower --lr")
+        new = not self.metrics.exists()
+        with self.metrics.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *row])
+            writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
+        self.last_row = row
+
+    def report(self, name: str, value: float, unit: str = "", at_least: float | None = None,
+               at_most: float | None = None) -> None:
+        """Prints one of the stage's numbers beside its goal and keeps it in numbers.json."""
+        goal, met = "", True
+        if at_least is not None:
+            goal, met = f"at least {at_least:g}", value >= at_least
+        if at_most is not None:
+            goal, met = f"{goal} and at most {at_most:g}".removeprefix(" and "), met and value <= at_most
+        self.numbers[name] = {"value": value, "unit": unit, "goal": goal, "met": bool(met)}
+        verdict = f"   ({goal}: {'met' if met else 'MISSED'})" if goal else ""
+        print(f"{name}: {value:.4g} {unit}".rstrip() + verdict, flush=True)
+        write_text(self.folder / "numbers.json", json.dumps(self.numbers, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+# %% Checkpoints
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes tensors and primitives to a temporary file beside `path` and renames it: never half a checkpoint."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; the one saved before is untouched") from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, made_by: str) -> dict:
+    """Reads a checkpoint onto the CPU. `made_by` is the command that makes it, for the error when it is missing."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; make it with: {made_by}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises five kinds of exception for a broken file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); make it anew with: {made_by}") from None
+    if not isinstance(content, dict) or "config" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project; make it anew with: {made_by}")
+    return content
+
+
+def command(script: str, config: BaseConfig, *flags: str) -> str:
+    """The command line that makes a predecessor's checkpoint in the same OUT."""
+    parts = ["python", f"{script}.py", "--preset", config.preset]
+    parts += ["--data", config.data] if config.data != "driving" else []
+    parts += ["--final-fps", f"{config.final_fps:g}"] if config.final_fps != 30 else []
+    parts += ["--out", config.out] if config.out else []
+    return " ".join([*parts, *flags])
+
+
+def check_lineage(content: dict, lineage: dict, path: Path, remedy: str) -> None:
+    """A checkpoint trained on other data, another size or another autoencoder than its neighbours is a UserError."""
+    theirs = content.get("lineage", {})
+    for name, value in lineage.items():
+        same = abs(theirs[name] - value) < 1e-6 if isinstance(value, float) and name in theirs else theirs.get(name) == value
+        if not same:
+            raise UserError(f"{path} was trained with {name} {theirs.get(name)}, this run has {value}; "
+                            f"make it anew with: {remedy} --overwrite")
+
+
+def is_temporal(name: str) -> bool:
+    """Whether a parameter belongs to a temporal layer (`time_embed` is the diffusion time, and spatial)."""
+    return re.search(r"time_(stack|mixer|pos_embed|context|mix_conv)|(^|\.)mix_factor", name) is not None
+
+
+def count(module: nn.Module, keep: Callable[[str], bool] = lambda name: True) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if keep(name))
+
+
+def dry_run(config: BaseConfig, models: dict[str, nn.Module], shapes: dict[str, object]) -> None:
+    """Prints `name: value` rows: the resolved configuration, parameter counts, shapes at the stage's borders."""
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name}: {value}")
+    for name, model in models.items():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        spatial, temporal = count(model, lambda n: not is_temporal(n)), count(model, is_temporal)
+        print(f"{name} parameters: {spatial + temporal}\n{name} spatial: {spatial}\n{name} temporal: {temporal}")
+        print(f"{name} trained: {trained}\n{name} frozen: {spatial + temporal - trained}")
+    for name, shape in shapes.items():
+        print(f"{name}: {tuple(shape) if isinstance(shape, torch.Size) else shape}")
+
+
+# %% EMA and the loop
+
+
+class EMA:
+    """Exponential moving average of the trained parameters: decay min(decay, (1 + n) / (10 + n)) after n updates."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the module holds the averaged weights; afterwards the trained ones again."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.shadow)
+        try:
+            yield
+        finally:
+            self._copy(trained)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, torch.Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in self.shadow.items():
+            value.copy_(state["shadow"][name])
+        self.updates = state["updates"]
+
+
+def trained_state(part: nn.Module | torch.optim.Optimizer | EMA) -> dict:
+    """What a checkpoint keeps of a part: of a module only what is trained (frozen weights live with their owner)."""
+    if not isinstance(part, nn.Module):
+        return part.state_dict()
+    trained = {name for name, p in part.named_parameters() if p.requires_grad}
+    return {name: v for name, v in part.state_dict().items() if name in trained or name in dict(part.named_buffers())}
+
+
+def load_part(part: nn.Module | torch.optim.Optimizer | EMA, state: dict, where: Path) -> None:
+    """The inverse of `trained_state`. Any missing, unexpected or wrongly shaped name is a UserError."""
+    try:
+        if isinstance(part, nn.Module):
+            missing = set(trained_state(part)) - set(state)
+            unexpected = part.load_state_dict(state, strict=False).unexpected_keys
+            if missing or unexpected:
+                names = ", ".join(sorted([*missing, *unexpected])[:3])
+                raise UserError(f"{where} does not fit this network: {len(missing)} names missing, "
+                                f"{len(unexpected)} unexpected ({names}, ...); train again with --overwrite")
+        else:
+            part.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{where} does not fit this network ({str(error).strip().splitlines()[-1].strip()}); "
+                        "train again with --overwrite") from None
+
+
+def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, file: str = "checkpoint.pt",
+                  metrics: str = "metrics.csv") -> Iterator[int]:
+    """Yields step numbers; around them it resumes, saves, shows progress and answers Ctrl-C and SIGTERM.
+
+    parts: modules, optimizers and EMA by name, restored with --resume and saved every `save_every` steps, at the last
+    step and when stopped; extra: tensors and primitives to keep in the checkpoint as they are at that moment.
+    """
+    path, start, stopped_by = run.folder / file, 0, []
+    extra, run.metrics, run.last_row = {} if extra is None else extra, run.folder / metrics, {}
+
+    def save(done: int) -> None:
+        config = dataclasses.asdict(run.config)
+        state = {name: trained_state(part) for name, part in parts.items()}
+        save_checkpoint(path, {"script": run.name, "step": done, "config": config, **extra, **state})
+
+    if run.config.resume and path.exists():
+        content = load_checkpoint(path, "the same command without --resume")
+        for name, part in parts.items():
+            load_part(part, content.get(name, {}), path)
+        start = content["step"]
+        extra.update({k: v for k, v in content.items() if k not in (*parts, *extra, "script", "step", "config")})
+    keep_rows_before(run.metrics, start)
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda caught, _: stopped_by.append(caught))
+    try:
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc=file.removesuffix(".pt"), mininterval=1.0)
+        for step in bar:
+            yield step
+            bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in run.last_row.items()), refresh=False)
+            if stopped_by or step + 1 == steps or (step + 1) % run.config.save_every == 0:
+                save(step + 1)
+            if stopped_by:
+                print(f"\nstopped at step {step + 1}, saved in {path}; go on with --resume", file=sys.stderr)
+                raise SystemExit(128 + stopped_by[0])
+        if not path.exists() or (steps == 0 and start == 0):
+            save(start)  # --steps 0: there is always a checkpoint
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Drops the rows of metrics.csv that a resumed run will write again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) < step))
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Puts the weights of 2D convolutions in the memory format that CPUs and tensor cores are fastest with."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.to(memory_format=torch.channels_last)
+    return module
+
+
+def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with torch's defaults (the paper names no optimizer; LDM's code uses this)."""
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, fused=True)
+
+
+def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int) -> None:
+    """Clips the gradient norm to 1 and warms the rate up linearly. Nothing here depends on the total of steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup))
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
