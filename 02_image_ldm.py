@@ -27,12 +27,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from common.data import Clips, open_data
+from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import TemporalOptions, sinusoids
-from common.data import Clips, open_data
 from common.diffusion import Diffusion, guide
 from common.measures import box_mask, psnr
 from common.pictures import plot_metrics, sheet
@@ -45,8 +45,8 @@ from common.training import (
     adamw,
     channels_last,
     check_lineage,
-    clip_and_warm_up,
     cli,
+    clip_and_warm_up,
     command,
     dry_run,
     load_checkpoint,

@@ -22,11 +22,10 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from common.data import Clips, open_data
 from torch import nn
 
 from common.blocks import TemporalOptions
-from common.data import Clips, open_data
 from common.diffusion import guide
 from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
@@ -36,8 +35,8 @@ from common.training import (
     Run,
     adamw,
     check_lineage,
-    clip_and_warm_up,
     cli,
+    clip_and_warm_up,
     command,
     dry_run,
     load_checkpoint,
@@ -96,10 +95,9 @@ def grow(unet: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         if name.endswith("mix_factor") and target.shape != value.shape:
             value = value.mean().expand_as(target)
         elif target.shape != value.shape:
-            wider = torch.ones_like(target) if ".in_layers.0." in name else torch.zeros_like(target)
-            if name.endswith("in_layers.0.bias"):
-                wider.zero_()
-            wider[:, : value.shape[1]] = value if value.dim() > 1 else wider[:, : value.shape[1]]
+            wider = torch.full_like(target, float(name.endswith("in_layers.0.weight")))  # GroupNorm's: 1 and 0
+            axis = 1 if value.dim() > 1 else 0  # input channels of a convolution, channels of the GroupNorm
+            wider.narrow(axis, 0, value.shape[axis]).copy_(value)
             value = wider
         target.copy_(value)
 

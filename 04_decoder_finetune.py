@@ -16,17 +16,18 @@ Reads OUT/02_image_ldm. Writes OUT/04_decoder_finetune/: checkpoint.pt (the vide
 time_slices.png, decoders.gif, metrics.png.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from common.data import DrivingScenes, open_data
 from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
-from common.data import DrivingScenes, open_data
 from common.measures import box_mask, flicker, psnr
 from common.pictures import animation, plot_metrics, sheet
 from common.scenes import MAX_CARS
@@ -37,8 +38,8 @@ from common.training import (
     adamw,
     channels_last,
     check_lineage,
-    clip_and_warm_up,
     cli,
+    clip_and_warm_up,
     command,
     dry_run,
     is_temporal,
@@ -140,15 +141,15 @@ def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
     return channels_last(autoencoder).to(image.device)
 
 
-def load_video_autoencoder(run: Run, image) -> Autoencoder:
-    """The autoencoder with this lesson's decoder, from OUT."""
+def load(run: Run, image) -> tuple[Autoencoder, int]:
+    """The autoencoder with this lesson's decoder from OUT, and how many frames it was trained to see at a time."""
     path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     autoencoder = video_autoencoder(image, content["config"]["kernel"])
     train_decoder(autoencoder, content["config"]["freeze_spatial"])
     load_part(autoencoder, content["autoencoder"], path)
-    return autoencoder.requires_grad_(False).eval()
+    return autoencoder.requires_grad_(False).eval(), content["config"]["frames"]
 
 
 def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
@@ -158,27 +159,30 @@ def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
         parameter.requires_grad_(ours and (is_temporal(name) or not freeze_spatial))
 
 
-def portions(length: int, size: int) -> list[int]:
-    """Where portions of `size` frames begin, so that all are full: the last one overlaps backwards."""
-    if length <= size:
-        return [0]
-    return [*range(0, length - size, size), length - size]
+def in_portions(items: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Stacks a stream of frames into portions of `size`; yields each with how many of its last frames are new.
+
+    All portions are full: the last one overlaps backwards into frames that were already given. (A stream shorter than
+    `size` is one short portion.)
+    """
+    window, new = [], 0
+    for item in items:
+        window, new = [*window, item][-size:], new + 1
+        if new == size:
+            yield torch.stack(window), new
+            new = 0
+    if new:
+        yield torch.stack(window), new
 
 
 @torch.no_grad()
-def decode_video(run: Run, autoencoder: Autoencoder, z: torch.Tensor, size: int) -> torch.Tensor:
-    """Latents of one video `t c h w` to frames `t 3 H W`, in portions of `size` frames."""
-    frames = None
-    for start in portions(len(z), size):
-        part = z[start: start + size]
+def decode_stream(run: Run, autoencoder: Autoencoder, z: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Latents of one video, c h w each, to frames 3 H W in [-1, 1] on the CPU, in portions of `size` frames."""
+    for part, new in in_portions(z, size):
         set_frames(autoencoder, len(part))
         with run.autocast():
-            decoded = autoencoder.decode(part.to(run.device)).cpu().clamp(-1, 1)
-        if frames is None:
-            frames = decoded.new_empty(len(z), *decoded.shape[1:])
-        done = start if start % size == 0 else start + (-start) % size  # keep what an earlier portion decoded
-        frames[done: start + len(part)] = decoded[done - start:]
-    return frames
+            decoded = autoencoder.decode(part.to(run.device))
+        yield from decoded.cpu().clamp(-1, 1)[-new:]
 
 
 # %% Losses: perceptual features and discriminators
@@ -319,7 +323,7 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
         z = image.encode(real)
         by_image = image.decode(z, length)
     clips = rearrange(z, "(b t) c h w -> b t c h w", t=length)
-    by_video = torch.stack([decode_video(run, autoencoder, clip, config.frames) for clip in clips])
+    by_video = torch.stack([torch.stack(list(decode_stream(run, autoencoder, clip, config.frames))) for clip in clips])
     before, after = flicker(by_image, real), flicker(by_video, real)
     run.report("flicker, image decoder", before)
     run.report("flicker, video decoder", after)

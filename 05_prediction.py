@@ -21,11 +21,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from common.data import Clips, open_data
 from einops import rearrange, repeat
 from torch import nn
 
 from common.blocks import TemporalOptions
-from common.data import Clips, open_data
 from common.diffusion import guide
 from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
@@ -36,8 +36,8 @@ from common.training import (
     UserError,
     adamw,
     check_lineage,
-    clip_and_warm_up,
     cli,
+    clip_and_warm_up,
     command,
     count,
     dry_run,

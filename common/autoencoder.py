@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import group_norm
+from common.blocks import group_norm, zero
 
 
 class ResnetBlock(nn.Module):
@@ -20,7 +20,7 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = group_norm(channels, 1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels, 1e-6), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels, 1e-6), zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
@@ -35,7 +35,8 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels, 1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.norm(x)

@@ -61,7 +61,7 @@ class TemporalOptions:
     context_dim: width of the tokens in temporal cross-attention, 0 for none; known_channels: channels of c_S, 0 for
     none; known_features: channels it is embedded to ("context channels"); conv: whether 3D-conv blocks are inserted;
     attention_blocks: temporal transformer blocks per spatial transformer, 0 for none; ff_mult: width of their
-    feed-forward layers.
+    feed-forward layers; positions: whether frames are told their place.
     """
 
     alpha_frames: int = 1
@@ -71,6 +71,7 @@ class TemporalOptions:
     conv: bool = True
     attention_blocks: int = 1
     ff_mult: float = 4
+    positions: bool = True
 
 
 class AlphaMerge(nn.Module):
@@ -312,17 +313,20 @@ class SpatialVideoTransformer(SpatialTransformer):
             [FrameTransformerBlock(channels, heads, options) for _ in range(options.attention_blocks)]
         )
         # frame positions, added to the tokens; the last layer is zero, or they would break the identity at the start
-        self.time_pos_embed = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.SiLU(), zero(nn.Linear(4 * channels, channels))
-        )
+        if options.positions:
+            self.time_pos_embed = nn.Sequential(
+                nn.Linear(channels, 4 * channels), nn.SiLU(), zero(nn.Linear(4 * channels, channels))
+            )
         self.time_mixer = AlphaMerge(options.alpha_frames)
 
     def blocks(self, tokens: torch.Tensor, context: torch.Tensor | None, clip: Clip | None) -> torch.Tensor:
         z = super().blocks(tokens, context, clip)  # (b t) s c
         if clip is None:
             return z
-        positions = self.time_pos_embed(sinusoids(torch.arange(clip.frames, device=z.device), z.shape[-1]))  # t c
-        z_prime = z + repeat(positions.to(z.dtype), "t c -> (b t) 1 c", b=len(z) // clip.frames)
+        z_prime = z
+        if hasattr(self, "time_pos_embed"):
+            positions = self.time_pos_embed(sinusoids(torch.arange(clip.frames, device=z.device), z.shape[-1]))  # t c
+            z_prime = z + repeat(positions.to(z.dtype), "t c -> (b t) 1 c", b=len(z) // clip.frames)
         for block in self.time_stack:
             z_prime = block(z_prime, clip)
         return self.time_mixer(z, z_prime, clip.frames)

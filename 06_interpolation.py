@@ -1,0 +1,275 @@
+"""Lesson 6: temporal interpolation, T to 4T and again to 16T (Sec. 3.3).
+
+Changes from lesson 5: clips have T = 5 frames and the mask knows both ends, (1, 0, 0, 0, 1). One model, with shared
+weights, serves both passes: it is trained on clips at a quarter of the final rate and at the final rate (7.5 and 30 frames
+a second), and a token in the temporal cross-attention says which. N frames become 4 (N - 1) + 1: 8, 29, 113.
+
+  python 06_interpolation.py          6 minutes on 2 cores
+
+Expect at the cpu preset: middle frames as sharp as real ones (gradient magnitude within 15 %), where a linear blend of
+the two ends shows ghosts.
+
+Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
+middle_frames.png, two_passes.gif, metrics.png.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from common.data import Clips, open_data
+from einops import rearrange
+from torch import nn
+
+from common.blocks import TemporalOptions
+from common.diffusion import guide
+from common.measures import psnr, sharpness
+from common.pictures import animation, plot_metrics, sheet
+from common.training import (
+    EMA,
+    BaseConfig,
+    Run,
+    adamw,
+    check_lineage,
+    cli,
+    clip_and_warm_up,
+    command,
+    dry_run,
+    load_checkpoint,
+    parse,
+    training_loop,
+)
+
+lesson02 = import_module("02_image_ldm")
+lesson03 = import_module("03_temporal_layers")
+lesson05 = import_module("05_prediction")
+NAME = "06_interpolation"
+FRAMES = 5  # two ends and three between: this is what "interpolation by 4" means
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
+    known_features: int = 32  # channels c_S is embedded to ("context channels")
+    stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
+    steps: int = 500  # training steps
+    batch: int = 4  # clips per step, half of each rate
+    lr: float = 1e-3  # learning rate
+    warmup: int = 50  # steps of linear warm-up
+    ema_decay: float = 0.995  # decay of the weight average
+    ddim_steps: int = 20  # sampling steps
+    eta: float = 0.0  # 0 deterministic, 1 ancestral
+    guidance: float = 1.0  # scale of guidance on the labels (the paper: 2 with labels, 1 without)
+    samples: int = 12  # held-out clips of each rate in the numbers
+
+
+PAPER = dict(known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, alpha_frames=5)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(known_features=16, stage_dim=16, steps=3, batch=2, ddim_steps=2, samples=1),
+    "cpu": {},
+    "gpu": PAPER | dict(steps=30_000, batch=32, warmup=1000, alpha_frames=1, save_every=2000),
+    "paper": PAPER | dict(steps=42_000, batch=384, guidance=2.0),  # Table 6: 16 clips on each of 24 GPUs
+    "biking": PAPER | dict(steps=33_000, batch=120),
+}
+
+
+# %% Eq. (3) with another mask
+
+
+def interpolation_mask(clips: int) -> torch.Tensor:
+    """Both ends known: b t."""
+    return torch.tensor([1.0, 0, 0, 0, 1]).expand(clips, FRAMES)
+
+
+# %% Model
+
+
+class Interpolator(nn.Module):
+    """The U-Net with temporal layers, and the embedding of the stage: 0 is T to 4T, 1 is 4T to 16T."""
+
+    def __init__(self, config: Config, image) -> None:
+        super().__init__()
+        self.unet = image.unet(TemporalOptions(
+            alpha_frames=config.alpha_frames, context_dim=config.stage_dim, known_channels=image.shape[0] + 1,
+            known_features=config.known_features))
+        self.unet.train_temporal_only()
+        self.stage = nn.Embedding(2, config.stage_dim)
+
+    def forward(self, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None, c_S: torch.Tensor,
+                stage: torch.Tensor) -> torch.Tensor:
+        """z_tau: (b t) c h w, tau and stage: b, c_S: (b t) c+1 h w."""
+        token = self.stage(stage.to(z_tau.device))[:, None]  # b 1 d
+        return self.unet(z_tau, tau, context, frames=FRAMES, time_context=token, known=c_S)
+
+
+def load(run: Run, image) -> tuple[nn.Module, Config]:
+    """The trained interpolation model (averaged weights) from OUT, and its configuration."""
+    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    config = Config(**content["config"])
+    model = Interpolator(config, image).to(run.device)
+    model.load_state_dict(content["ema"]["shadow"], strict=False)
+    return model.requires_grad_(False).eval(), config
+
+
+# %% Training: Eq. (3)
+
+
+def both_rates(source, key: tuple[int, ...], count: int, final_fps: float, split: str = "train") -> tuple[Clips, torch.Tensor]:
+    """Clips of 5 frames, the first half at a quarter of the final rate (stage 0), the second at the final (stage 1)."""
+    halves = [source.clips((*key, stage), part, FRAMES, fps, split) for stage, part, fps in
+              ((0, count - count // 2, final_fps / 4), (1, count // 2, final_fps)) if part]
+    stage = torch.tensor([0] * (count - count // 2) + [1] * (count // 2))
+    video, night, cars, boxes = (torch.cat([getattr(h, name) for h in halves]) for name in ("video", "night", "cars", "boxes"))
+    return Clips(video, night, cars, boxes, [caption for half in halves for caption in half.captions]), stage
+
+
+def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+    torch.manual_seed(config.seed)
+    model = Interpolator(config, image).to(run.device)
+    lesson03.grow(model.unet, lesson03.load_temporal(run, image))
+    optimizer, ema = adamw(model, config.lr), EMA(model, config.ema_decay)
+    diffusion, mask = image.diffusion, interpolation_mask(config.batch)
+    parts = {"model": model, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        clips, stage = both_rates(source, (config.seed, 7, step), config.batch, config.final_fps)
+        with run.autocast():
+            z = image.encode(clips.video)  # (b t) c h w
+        draw = run.generator("diffusion", step)
+        c_S = lesson05.masked_context(z, mask)
+        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
+        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
+        eps = torch.randn(z.shape, generator=draw).to(run.device)
+        tau_of_frames = tau.repeat_interleave(FRAMES)  # (b t)
+        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+        with run.autocast():
+            output = model(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
+        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    return model, ema
+
+
+# %% Sampling
+
+
+@torch.no_grad()
+def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, stage: int, clips: Clips, config: Config,
+            run: Run, *key: object, label: str = "") -> torch.Tensor:
+    """Three latents between each pair of ends, b c h w each -> b 5 c h w; the ends are kept as given."""
+    b = len(first)
+    z = torch.zeros(b, FRAMES, *image.shape, device=run.device)
+    z[:, 0], z[:, -1] = first, last
+    c_S = lesson05.masked_context(rearrange(z, "b t c h w -> (b t) c h w"), interpolation_mask(b))
+    stages, context = torch.full((b,), stage), image.conditioner(clips)
+    nothing = image.conditioner(clips, torch.ones(b, dtype=torch.bool))
+
+    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        tau = tau[::FRAMES]
+        with run.autocast():
+            output = model(z_tau, tau, context, c_S, stages)
+            if context is None or config.guidance == 1:
+                return output
+            return guide(model(z_tau, tau, nothing, c_S, stages), output, config.guidance)
+
+    noise = run.noise((b * FRAMES, *image.shape), "sample", *key)
+    sampled = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key), label=label,
+                                   clamp=1.0 if image.config.pixel else None)
+    z[:, 1:-1] = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)[:, 1:-1]
+    return z
+
+
+def interpolate(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
+                *key: object, windows: int = 16, label: str = "") -> torch.Tensor:
+    """One pass over a video's latents: n c h w -> 4(n-1)+1 c h w. clips: one row of labels; windows: at a time."""
+    pieces = []
+    for start in range(0, len(z) - 1, windows):
+        ends = z[start: start + windows + 1]
+        pairs = len(ends) - 1
+        part = between(model, image, ends[:-1], ends[1:], stage, lesson05.rows(clips, pairs), config, run, *key, start,
+                       label=label)
+        pieces.append(rearrange(part[:, :-1], "b t c h w -> (b t) c h w"))
+    return torch.cat([*pieces, z[-1:]])
+
+
+# %% Figures and numbers
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, source, image, model: nn.Module, ema: EMA) -> None:
+    passes = (("T to 4T", config.final_fps / 4), ("4T to 16T", config.final_fps))
+    strips = []
+    with ema.applied():
+        for stage, (name, fps) in enumerate(passes):
+            real = source.clips((config.seed, lesson02.HELD_OUT, stage), config.samples, FRAMES, fps, "held-out")
+            with run.autocast():
+                z = image.encode(real.video)
+                truth = image.decode(z, FRAMES)
+            z = rearrange(z, "(b t) c h w -> b t c h w", t=FRAMES)
+            ours = between(model, image, z[:, 0], z[:, -1], stage, real, config, run, stage, label=name)
+            with run.autocast():
+                ours = image.decode(rearrange(ours, "b t c h w -> (b t) c h w"), FRAMES)
+            weight = torch.linspace(0, 1, FRAMES).view(1, -1, 1, 1, 1)
+            blend = (1 - weight) * truth[:, :1] + weight * truth[:, -1:]
+            report_pass(run, name, truth, ours, blend)
+            strips += [truth[0], ours[0], blend[0]]
+        two_passes(run, config, source, image, model)
+    sheet(strips, run.folder / "middle_frames.png")
+    plot_metrics(run.folder / "metrics.csv", ["loss"], "interpolation")
+    print(f"pictures: {run.folder}/middle_frames.png (truth, ours, blend; both passes), two_passes.gif")
+
+
+def report_pass(run: Run, name: str, truth: torch.Tensor, ours: torch.Tensor, blend: torch.Tensor) -> None:
+    """The three frames between: PSNR to the frames decoded from the true latents, and sharpness of the middle one."""
+    run.report(f"{name}, PSNR of ours", psnr(ours[:, 1:-1], truth[:, 1:-1]), "dB")
+    run.report(f"{name}, PSNR of the blend", psnr(blend[:, 1:-1], truth[:, 1:-1]), "dB")
+    middle = [float(sharpness(v)[:, FRAMES // 2].mean()) for v in (truth, ours, blend)]
+    run.report(f"{name}, gradient magnitude of the middle over real, ours", middle[1] / middle[0], at_least=0.85, at_most=1.15)
+    run.report(f"{name}, gradient magnitude of the middle over real, blend", middle[2] / middle[0])
+
+
+def two_passes(run: Run, config: Config, source, image, model: nn.Module) -> None:
+    """Three true key frames to 9 to 33 frames, beside the true ones: what lesson 8 does to whole videos."""
+    real = source.clips((config.seed, lesson02.HELD_OUT, 2), 1, 33, config.final_fps, "held-out")
+    with run.autocast():
+        z = image.encode(real.video)
+    keys = z[::16]
+    for stage in (0, 1):
+        keys = interpolate(model, image, keys, stage, real, config, run, "two", stage, label="two passes")
+    with run.autocast():
+        pair = torch.cat([image.decode(z, len(z)), image.decode(keys, len(keys))])
+    run.report("two passes, 3 key frames to 33, PSNR", psnr(pair[1], pair[0]), "dB")
+    animation(pair, run.folder / "two_passes.gif", config.final_fps / 2, 2)
+
+
+# %% Main
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, __doc__)
+    if config.dry_run:
+        image = lesson02.ImageModel.planned(config)
+        with torch.device("meta"):
+            model = Interpolator(config, image)
+        return dry_run(config, {"model": model}, {
+            "clips": (config.batch, FRAMES, *image.shape),
+            "c_S": (config.batch, FRAMES, image.shape[0] + 1, *image.shape[1:]),
+            "stage token": (config.batch, 1, config.stage_dim)})
+    run = Run(NAME, config)
+    image = lesson02.ImageModel.load(run)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    model, ema = train(run, config, source, image)
+    evaluate(run, config, source, image, model, ema)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))
