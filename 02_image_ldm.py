@@ -27,12 +27,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from common.data import Clips, open_data
 from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import TemporalOptions, sinusoids
+from common.data import Clips, open_data
 from common.diffusion import Diffusion, guide
 from common.measures import box_mask, psnr
 from common.pictures import plot_metrics, sheet
@@ -78,11 +78,12 @@ class Config(BaseConfig):
     latent_channels: int = 4  # channels of z
     regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
     codes: int = 16384  # codebook size for vq
-    ae_steps: int = 900  # training steps of the autoencoder
-    ae_batch: int = 8  # frames per step
-    ae_lr: float = 2e-3  # learning rate of autoencoder and discriminator
-    kl_weight: float = 1e-6  # weight of the KL term
-    gan_start: int = 750  # step at which the discriminator joins; tiny models blow up when it comes early
+    ae_steps: int = 1800  # training steps of the autoencoder
+    ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
+    ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
+    square_weight: float = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
+    kl_weight: float = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
+    gan_start: int = 1500  # step at which the discriminator joins; tiny models blow up when it comes early
     gan_weight: float = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
     # the U-Net (Table 6)
     channels: int = 64  # base width
@@ -110,25 +111,101 @@ class Config(BaseConfig):
     samples: int = 16  # pictures in samples.png and frames in the held-out numbers
 
 
-PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,
-             ae_batch=64, ae_steps=200_000, gan_start=50_000, gan_weight=0.6, warmup=1, ema_decay=0.9999, lr=1e-4)
+PAPER = dict(
+    height=128,
+    width=256,
+    ae_channels=128,
+    ae_multipliers=(1, 2, 2, 4),
+    ae_depth=2,
+    ae_lr=4.5e-6 * 64,
+    square_weight=0.0,
+    ae_batch=64,
+    ae_steps=200_000,
+    gan_start=50_000,
+    gan_weight=0.6,
+    warmup=1,
+    ema_decay=0.9999,
+    lr=1e-4,
+)
 PRESETS: dict[str, dict] = {
-    "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
-                  channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
-                  steps=4, batch=2, ddim_steps=3, samples=2),
+    "smoke": dict(
+        height=16,
+        width=32,
+        ae_channels=16,
+        ae_multipliers=(1, 1, 1),
+        ae_steps=6,
+        ae_batch=2,
+        gan_start=4,
+        channels=16,
+        multipliers=(1, 2),
+        attention=(2,),
+        head_channels=16,
+        context_dim=16,
+        fusion_layers=1,
+        steps=4,
+        batch=2,
+        ddim_steps=3,
+        samples=2,
+    ),
     "cpu": {},
-    "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
-                ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
-                attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999,
-                warmup=1000, ddim_steps=100, save_every=2000),
+    "gpu": dict(
+        height=128,
+        width=256,
+        ae_channels=64,
+        ae_multipliers=(1, 2, 2, 4),
+        ae_depth=2,
+        ae_steps=30_000,
+        ae_batch=32,
+        ae_lr=2e-4,
+        gan_start=20_000,
+        channels=128,
+        multipliers=(1, 2, 2, 4),
+        depth=2,
+        attention=(1, 2, 4),
+        context_dim=256,
+        steps=60_000,
+        batch=128,
+        lr=2e-4,
+        ema_decay=0.9999,
+        warmup=1000,
+        ddim_steps=100,
+        save_every=2000,
+    ),
     # Tables 6 and 8, driving. Autoencoder: LDM's VQ-f8; its training length is not in the paper (a guess stands above).
     # Attention resolutions 16, 8, 4 are widths of feature maps of 32-wide latents: factors 2, 4, 8.
-    "paper": PAPER | dict(regularizer="vq", ae_attention=True, channels=224, multipliers=(1, 2, 2, 3, 4), depth=4,
-                          attention=(2, 4, 8), context_dim=256, steps=73_000, batch=640, ddim_steps=200),
+    "paper": PAPER
+    | dict(
+        regularizer="vq",
+        ae_attention=True,
+        channels=224,
+        multipliers=(1, 2, 2, 3, 4),
+        depth=4,
+        attention=(2, 4, 8),
+        context_dim=256,
+        steps=73_000,
+        batch=640,
+        ddim_steps=200,
+    ),
     # Tables 6 and 8, Mountain Biking: no labels. Attention resolutions 32, 16, 8: factors 1, 2, 4.
-    "biking": PAPER | dict(condition="none", channels=256, multipliers=(1, 2, 4), depth=2, attention=(1, 2, 4), heads=4,
-                           head_channels=0, context_dim=0, beta_start=0.0003, beta_end=0.022, steps=14_000, batch=300,
-                           ddim_steps=100, guidance=1.0, p_drop=0.0, gan_weight=0.5),
+    "biking": PAPER
+    | dict(
+        condition="none",
+        channels=256,
+        multipliers=(1, 2, 4),
+        depth=2,
+        attention=(1, 2, 4),
+        heads=4,
+        head_channels=0,
+        context_dim=0,
+        beta_start=0.0003,
+        beta_end=0.022,
+        steps=14_000,
+        batch=300,
+        ddim_steps=100,
+        guidance=1.0,
+        p_drop=0.0,
+        gan_weight=0.5,
+    ),
 }
 # Table 7's Pixel-baseline: 128 channels on 128 x 256 x 3, attention at factors 8 and 16, and the DDPM betas.
 PIXEL = dict(schedule="linear", beta_start=1e-4, beta_end=0.02)
@@ -152,7 +229,7 @@ class Conditioner(nn.Module):
     """Clips to cross-attention tokens, b n d. `drop` (b, bool) replaces a condition by "unknown".
 
     labels: one token, the sum of an embedding of night and one of the number of cars (App. F: sequence length 1);
-    boxes: one token a car, coordinates embedded and fused by a transformer (App. H.1); text: one token a word, likewise.
+    boxes: one token a car, coordinates embedded and fused by a transformer (App. H.1); text: one token a word.
     """
 
     WORDS, LENGTH = 2048, 16
@@ -166,8 +243,9 @@ class Conditioner(nn.Module):
             self.unknown = nn.Parameter(torch.zeros(dim))
             self.embed = nn.Linear(4 * 32, dim) if kind == "boxes" else nn.Embedding(self.WORDS + 1, dim)
             self.position = nn.Parameter(torch.zeros(self.LENGTH if kind == "text" else MAX_CARS, dim))
-            layer = nn.TransformerEncoderLayer(dim, max(1, dim // 32), 4 * dim, 0.0, F.gelu, batch_first=True,
-                                               norm_first=True)
+            layer = nn.TransformerEncoderLayer(
+                dim, max(1, dim // 32), 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True
+            )
             self.fuse = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, clips: Clips, drop: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -181,8 +259,9 @@ class Conditioner(nn.Module):
             return (self.night(night.to(device)) + self.cars(cars.to(device)))[:, None]  # b 1 d
         if self.kind == "boxes":
             boxes = clips.boxes[:, 0].to(device)  # b n 4, of the first frame
-            tokens = self.embed(rearrange(sinusoids(1000 * boxes.flatten(), 32), "(b n k) c -> b n (k c)",
-                                          b=len(boxes), k=4))
+            tokens = self.embed(
+                rearrange(sinusoids(1000 * boxes.flatten(), 32), "(b n k) c -> b n (k c)", b=len(boxes), k=4)
+            )
         else:
             tokens = self.embed(torch.stack([self.words(caption) for caption in clips.captions]).to(device))
         tokens = self.fuse(tokens + self.position)
@@ -199,8 +278,16 @@ class Conditioner(nn.Module):
 
 
 def build_autoencoder(config: Config, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
-    return Autoencoder(config.ae_channels, config.ae_multipliers, config.ae_depth, config.latent_channels,
-                       config.regularizer, config.codes, config.ae_attention, block)
+    return Autoencoder(
+        config.ae_channels,
+        config.ae_multipliers,
+        config.ae_depth,
+        config.latent_channels,
+        config.regularizer,
+        config.codes,
+        config.ae_attention,
+        block,
+    )
 
 
 class ImageModel:
@@ -218,16 +305,28 @@ class ImageModel:
         channels = 3 if config.pixel else config.latent_channels
         self.shape = (channels, config.height // factor, config.width // factor)
         if self.shape[1] % 2 ** (len(config.multipliers) - 1) or self.shape[2] % 2 ** (len(config.multipliers) - 1):
-            raise UserError(f"latents of {self.shape[1]} x {self.shape[2]} cannot be halved "
-                            f"{len(config.multipliers) - 1} times; change --height, --width or --multipliers")
+            raise UserError(
+                f"latents of {self.shape[1]} x {self.shape[2]} cannot be halved "
+                f"{len(config.multipliers) - 1} times; change --height, --width or --multipliers"
+            )
 
     def unet(self, temporal: TemporalOptions | None = None):
         """The U-Net with this model's spatial weights, and with temporal layers where asked for."""
         from common.unet import UNet
 
         c = self.config
-        unet = UNet(self.shape[0], self.shape[0], c.channels, c.multipliers, c.depth, c.attention, c.heads,
-                    c.head_channels, c.context_dim if c.condition != "none" else 0, temporal=temporal)
+        unet = UNet(
+            self.shape[0],
+            self.shape[0],
+            c.channels,
+            c.multipliers,
+            c.depth,
+            c.attention,
+            c.heads,
+            c.head_channels,
+            c.context_dim if c.condition != "none" else 0,
+            temporal=temporal,
+        )
         if self.weights:
             unet.load_state_dict(self.weights, strict=temporal is None)
         return channels_last(unet).to(self.device)
@@ -268,8 +367,9 @@ class ImageModel:
         remedy = command(NAME, run.config, *flags)
         path = run.config.folder() / name / "checkpoint.pt"
         content = load_checkpoint(path, remedy)
-        model = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}),
-                    run.device)
+        model = cls(
+            Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}), run.device
+        )
         mine = run.config.data if run.config.data == "driving" else Path(run.config.data).resolve().name
         check_lineage({"lineage": content["lineage"]}, {"data": mine}, path, remedy)
         if model.autoencoder is not None:
@@ -278,8 +378,11 @@ class ImageModel:
         check_lineage(content, model.lineage, path, remedy)
         shadow = content["ema"]["shadow"]
         model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
-        load_part(model.conditioner, {k.removeprefix("conditioner."): v for k, v in shadow.items()
-                                      if k.startswith("conditioner.")}, path)
+        load_part(
+            model.conditioner,
+            {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")},
+            path,
+        )
         model.conditioner.requires_grad_(False)
         return model
 
@@ -288,7 +391,7 @@ def load_autoencoder(run: Run, autoencoder: Autoencoder, remedy: str) -> None:
     """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it)."""
     path = run.config.folder() / NAME / "autoencoder.pt"
     content = load_checkpoint(path, remedy)
-    load_part(autoencoder, content["autoencoder"], path)
+    load_part(autoencoder, content["ema"]["shadow"], path)
     autoencoder.scale.fill_(content.get("latent_scale", 1.0))
 
 
@@ -321,29 +424,43 @@ def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer:
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def train_autoencoder(run: Run, config: Config, source) -> Autoencoder:
+def train_autoencoder(run: Run, config: Config, source) -> None:
     """Trains E and D on single frames, then measures the latent scale and keeps it in the checkpoint."""
     torch.manual_seed(config.seed)  # initial weights
     autoencoder = channels_last(build_autoencoder(config)).to(run.device)
     critic = channels_last(PatchDiscriminator(config.ae_channels)).to(run.device)
-    optimizer, critic_optimizer = (torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.5, 0.9), fused=True)
-                                   for m in (autoencoder, critic))
-    extra: dict = {}
-    parts = {"autoencoder": autoencoder, "critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    optimizer, critic_optimizer = (
+        torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.9, 0.99), fused=True) for m in (autoencoder, critic)
+    )
+    ema, extra = EMA(autoencoder, config.ema_decay), {}
+    parts = {
+        "autoencoder": autoencoder,
+        "ema": ema,
+        "critic": critic,
+        "optimizer": optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
     for step in training_loop(run, config.ae_steps, parts, extra, "autoencoder.pt", "autoencoder.csv"):
         x = source.clips((config.seed, 0, step), config.ae_batch, 1, config.final_fps).video[:, 0]
         x = x.to(run.device).contiguous(memory_format=torch.channels_last)  # b 3 H W
-        noise = run.noise((len(x), config.latent_channels, x.shape[2] // autoencoder.factor,
-                           x.shape[3] // autoencoder.factor), "autoencoder", step)
+        noise = run.noise(
+            (len(x), config.latent_channels, x.shape[2] // autoencoder.factor, x.shape[3] // autoencoder.factor),
+            "autoencoder",
+            step,
+        )
         with run.autocast():
             z, regularization = autoencoder.regularize(x, noise)
             reconstruction = autoencoder.decoder(autoencoder.post_quant_conv(z)).float()
             l1 = (reconstruction - x).abs().mean()
-            loss = l1 + (config.kl_weight if config.regularizer == "kl" else 1.0) * regularization
+            error = l1 + config.square_weight * F.mse_loss(reconstruction, x)
+            # LDM sums the reconstruction error over the image, which is why its KL weight looks so small: per pixel
+            # here, so the KL is divided by their number
+            weighting = config.kl_weight / x[0].numel() if config.regularizer == "kl" else 1.0
+            loss = error + weighting * regularization
             weight = torch.zeros(())
             if step >= config.gan_start:
                 gan = -critic(reconstruction).float().mean()
-                weight = config.gan_weight * adaptive_weight(l1, gan, autoencoder.decoder.conv_out.weight)
+                weight = config.gan_weight * adaptive_weight(error, gan, autoencoder.decoder.conv_out.weight)
                 loss = loss + weight * gan
         loss.backward()
         clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup)
@@ -356,10 +473,11 @@ def train_autoencoder(run: Run, config: Config, source) -> Autoencoder:
                 critic_loss = hinge_loss(critic(x).float(), critic(reconstruction.detach()).float())
             critic_loss.backward()
             critic_optimizer.step()
+        ema.update()
         if step + 1 == config.ae_steps:
-            extra["latent_scale"] = measure_scale(run, config, autoencoder, source)
+            with ema.applied():
+                extra["latent_scale"] = measure_scale(run, config, autoencoder, source)
         run.log(step, l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
-    return autoencoder
 
 
 @torch.no_grad()
@@ -404,8 +522,17 @@ def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.
 # %% Sampling
 
 
-def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: float, run: Run, steps: int, eta: float,
-                  *key: object, label: str = "") -> torch.Tensor:
+def sample_images(
+    unet: nn.Module,
+    image: ImageModel,
+    clips: Clips,
+    guidance: float,
+    run: Run,
+    steps: int,
+    eta: float,
+    *key: object,
+    label: str = "",
+) -> torch.Tensor:
     """Latents of one frame for each row of `clips` (whose labels, boxes or captions condition it): b c h w."""
     count = len(clips.night)
     context = image.conditioner(clips)
@@ -417,8 +544,9 @@ def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: fl
             return output if context is None or guidance == 1 else guide(unet(x, tau, nothing), output, guidance)
 
     noise = run.noise((count, *image.shape), "sample", *key)
-    return image.diffusion.ddim(predict, noise, steps, eta, run.generator("ddim", *key),
-                                clamp=1.0 if image.config.pixel else None, label=label)
+    return image.diffusion.ddim(
+        predict, noise, steps, eta, run.generator("ddim", *key), clamp=1.0 if image.config.pixel else None, label=label
+    )
 
 
 def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", boxes: list | None = None) -> Clips:
@@ -426,8 +554,13 @@ def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", b
     slots = torch.zeros(count, 1, MAX_CARS, 4)
     if boxes:
         slots[:, 0, : len(boxes)] = torch.tensor(boxes, dtype=torch.float32)
-    return Clips(torch.zeros(count, 1, 3, 0, 0), torch.full((count,), night), torch.full((count,), cars), slots,
-                 [caption] * count)
+    return Clips(
+        torch.zeros(count, 1, 3, 0, 0),
+        torch.full((count,), night),
+        torch.full((count,), cars),
+        slots,
+        [caption] * count,
+    )
 
 
 def read_boxes(path: str) -> list:
@@ -436,9 +569,18 @@ def read_boxes(path: str) -> list:
         boxes = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--sample-boxes {path}: not a readable JSON file ({error})") from None
-    good = isinstance(boxes, list) and len(boxes) <= MAX_CARS and all(
-        isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-        and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1 for box in boxes)
+    good = (
+        isinstance(boxes, list)
+        and len(boxes) <= MAX_CARS
+        and all(
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(v, int | float) for v in box)
+            and 0 <= box[0] < box[2] <= 1
+            and 0 <= box[1] < box[3] <= 1
+            for box in boxes
+        )
+    )
     if not good:
         raise UserError(f"--sample-boxes {path}: want a list of at most {MAX_CARS} boxes [x0, y0, x1, y1] in [0, 1]")
     return boxes
@@ -475,8 +617,9 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
             run.report(f"held-out {config.parameterization}-loss at tau {tau}", loss)
         pictures = []
         for row, wanted in enumerate(wanted_rows(config, source, held_out)):
-            z = sample_images(model["unet"], image, wanted, config.guidance, run, config.ddim_steps, config.eta, row,
-                              label="samples")
+            z = sample_images(
+                model["unet"], image, wanted, config.guidance, run, config.ddim_steps, config.eta, row, label="samples"
+            )
             with run.autocast():
                 pictures.append(image.decode(z)[:, 0])
     sheet(pictures, run.folder / "samples.png")
@@ -490,8 +633,15 @@ def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
     if config.condition == "labels" and source.labelled:
         return [conditions(count, 0, 0), conditions(count, 0, 2), conditions(count, 1, 2)]
     if config.condition in ("boxes", "text"):
-        return [Clips(held_out.video[:count], held_out.night[:count], held_out.cars[:count], held_out.boxes[:count],
-                      held_out.captions[:count])]
+        return [
+            Clips(
+                held_out.video[:count],
+                held_out.night[:count],
+                held_out.cars[:count],
+                held_out.boxes[:count],
+                held_out.captions[:count],
+            )
+        ]
     return [conditions(count), conditions(count)]
 
 
@@ -499,13 +649,24 @@ def draw_boxes(run: Run, config: Config) -> None:
     """--sample-boxes: the image of a scene drawn as boxes, for 08_sample_long.py --first-frame (Sec. 4.1.2)."""
     boxes = read_boxes(config.sample_boxes)
     image = ImageModel.load(run, "boxes")
-    z = sample_images(image.unet(), image, conditions(1, boxes=boxes), config.guidance, run, config.ddim_steps,
-                      config.eta, "boxes", label="boxes")
+    z = sample_images(
+        image.unet(),
+        image,
+        conditions(1, boxes=boxes),
+        config.guidance,
+        run,
+        config.ddim_steps,
+        config.eta,
+        "boxes",
+        label="boxes",
+    )
     with run.autocast():
         frame = image.decode(z)[0]
     sheet([frame], run.folder / "from_boxes.png", gap=0)
-    print(f"pictures: {run.folder}/from_boxes.png; continue it with: "
-          f"python 08_sample_long.py --first-frame {run.folder}/from_boxes.png --futures 2")
+    print(
+        f"pictures: {run.folder}/from_boxes.png; continue it with: "
+        f"python 08_sample_long.py --first-frame {run.folder}/from_boxes.png --futures 2"
+    )
 
 
 # %% Main
@@ -514,17 +675,25 @@ def draw_boxes(run: Run, config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     config = parse(Config, presets("--pixel" in words), argv, __doc__)
-    variant = "pixel" if config.pixel else "" if config.condition in ("labels", PRESETS[config.preset].get("condition")) \
-        else config.condition
+    usual = config.condition in ("labels", PRESETS[config.preset].get("condition"))
+    variant = "pixel" if config.pixel else "" if usual else config.condition
     if config.dry_run:
         with torch.device("meta"):
             image = ImageModel(config, "meta")
             unet, conditioner = image.unet(), image.conditioner
-        models = {"unet": unet, "conditioner": conditioner} | ({} if config.pixel else {"autoencoder": image.autoencoder})
+        models = {"unet": unet, "conditioner": conditioner} | (
+            {} if config.pixel else {"autoencoder": image.autoencoder}
+        )
         tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[config.condition]
-        return dry_run(config, models, {"frames": (config.batch, 3, config.height, config.width),
-                                        "latents": (config.batch, *image.shape),
-                                        "context": (config.batch, tokens, config.context_dim if tokens else 0)})
+        return dry_run(
+            config,
+            models,
+            {
+                "frames": (config.batch, 3, config.height, config.width),
+                "latents": (config.batch, *image.shape),
+                "context": (config.batch, tokens, config.context_dim if tokens else 0),
+            },
+        )
     run = Run(NAME, config, variant)
     if config.sample_boxes:
         return draw_boxes(run, config)
@@ -532,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
     image = ImageModel(config, run.device)
     if not config.pixel:
         if not variant:
-            image.autoencoder = train_autoencoder(run, config, source)
+            train_autoencoder(run, config, source)
         load_autoencoder(run, image.autoencoder, command(NAME, config))
         image.autoencoder.requires_grad_(False).eval()
     model, ema = train_unet(run, config, source, image)

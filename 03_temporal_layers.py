@@ -1,17 +1,17 @@
 """Lesson 3: temporal layers turn the image model into a video model (Sec. 3.1, Eq. 2, Fig. 4).
 
-Changes from lesson 2: after every spatial layer stands a temporal one (a 3D-conv residual block, or a transformer block
-whose attention runs over frames), merged as alpha z + (1 - alpha) z' with one learned alpha a layer. The spatial weights
-theta are frozen; only the temporal weights phi and the alphas learn, on clips of 8 frames at the key-frame rate (1.875
-frames a second). With alpha = 1 the image model is still there, bit for bit.
+Changes from lesson 2: after every spatial layer stands a temporal one (a 3D-conv residual block, or a transformer
+block whose attention runs over frames), merged as alpha z + (1 - alpha) z' with one learned alpha a layer. The spatial
+weights theta are frozen; only the temporal weights phi and the alphas learn, on clips of 8 frames at the key-frame
+rate (1.875 frames a second). With alpha = 1 the image model is still there, bit for bit.
 
   python 03_temporal_layers.py          6 minutes on 2 cores
   python 03_temporal_layers.py --help   every option
 
-Expect at the cpu preset: frames of a clip that agree in sky, land and light (adjacent-frame change of low-pass colour at
-most 1.5 times that of real clips; the image model alone: 4 times and more), and a held-out loss at tau = 800 at least
-10 % below the image model's. The training curve hardly shows any of it, which is why the held-out loss is plotted per
-noise level.
+Expect at the cpu preset: frames of a clip that agree in sky, land and light (adjacent-frame change of low-pass colour
+at most 1.5 times that of real clips; the image model alone: 4 times and more), and a held-out loss at tau = 800 at
+least 10 % below the image model's. The training curve hardly shows any of it, which is why the held-out loss is plotted
+per noise level.
 
 Reads OUT/02_image_ldm. Writes OUT/03_temporal_layers/: checkpoint.pt (temporal weights only), before_after.png,
 after.gif, alphas.png, loss_per_level.png, metrics.png.
@@ -22,10 +22,10 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from common.data import Clips, open_data
 from torch import nn
 
 from common.blocks import TemporalOptions
+from common.data import Clips, open_data
 from common.diffusion import guide
 from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
@@ -71,10 +71,12 @@ PRESETS: dict[str, dict] = {
     "gpu": dict(steps=40_000, batch=16, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=100, save_every=2000),
     # Table 6, driving prediction less c_S: 9 clips on each of 40 GPUs. Key frames at fps / 16 = 1.875, as in the stack
     # (the table says 2). Alpha is a vector over the 10 frames.
-    "paper": dict(frames=10, alpha_frames=10, steps=146_000, batch=360, lr=1e-4, warmup=1, ema_decay=0.9999,
-                  ddim_steps=200),
-    "biking": dict(frames=8, alpha_frames=8, steps=107_000, batch=160, lr=1e-4, warmup=1, ema_decay=0.9999,
-                   ddim_steps=100),
+    "paper": dict(
+        frames=10, alpha_frames=10, steps=146_000, batch=360, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=200
+    ),
+    "biking": dict(
+        frames=8, alpha_frames=8, steps=107_000, batch=160, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=100
+    ),
 }
 
 
@@ -147,8 +149,19 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list
 # %% Sampling
 
 
-def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps: int, eta: float, run: Run,
-                 *key: object, guidance: float = 1.0, label: str = "", length: int = 0) -> torch.Tensor:
+def sample_clips(
+    unet: nn.Module,
+    image,
+    clips: Clips,
+    frames: int | None,
+    steps: int,
+    eta: float,
+    run: Run,
+    *key: object,
+    guidance: float = 1.0,
+    label: str = "",
+    length: int = 0,
+) -> torch.Tensor:
     """Latents of one clip for each row of `clips` (whose labels condition it): (b t) c h w.
 
     frames None samples `length` frames a row with the image model: the same noise, and every frame on its own.
@@ -160,11 +173,14 @@ def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         with run.autocast():
             output = unet(z_tau, tau[::length], context, frames=frames)
-            return output if guidance == 1 else guide(unet(z_tau, tau[::length], nothing, frames=frames), output, guidance)
+            if guidance == 1:
+                return output
+            return guide(unet(z_tau, tau[::length], nothing, frames=frames), output, guidance)
 
     noise = run.noise((count * length, *image.shape), "sample", *key)
-    return image.diffusion.ddim(predict, noise, steps, eta, run.generator("ddim", *key), label=label,
-                                clamp=1.0 if image.config.pixel else None)
+    return image.diffusion.ddim(
+        predict, noise, steps, eta, run.generator("ddim", *key), label=label, clamp=1.0 if image.config.pixel else None
+    )
 
 
 # %% Figures and numbers
@@ -202,12 +218,12 @@ def held_out_losses(run: Run, config: Config, image, unet: nn.Module, real: Clip
 
         def predict(z_tau: torch.Tensor, tau: torch.Tensor, frames: int | None = frames) -> torch.Tensor:
             with run.autocast():
-                return unet(z_tau, tau[::config.frames], context, frames=frames)
+                return unet(z_tau, tau[:: config.frames], context, frames=frames)
 
         losses[name] = image.diffusion.loss_at(predict, z, eps, taus)
     for tau, before, after in zip(taus, *losses.values(), strict=True):
-        goal = -10.0 if tau == 800 else None
-        run.report(f"held-out loss at tau {tau}, change from image model", 100 * (after / before - 1), "%", at_most=goal)
+        goal, change = -10.0 if tau == 800 else None, 100 * (after / before - 1)
+        run.report(f"held-out loss at tau {tau}, change from image model", change, "%", at_most=goal)
     figure, axis = plt.subplots(figsize=(4.5, 3))
     for name, values in losses.items():
         axis.plot(taus, values, "o-", label=name)
@@ -241,13 +257,15 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA,
     unconditional = lesson02.conditions(config.samples)
     plot_alphas(run, list(unet.alphas()), history)
     with ema.applied():
-        changed = sum(not torch.equal(p.cpu(), image.weights[n]) for n, p in unet.state_dict().items() if n in image.weights)
+        now = unet.state_dict()
+        changed = sum(not torch.equal(now[name].cpu(), value) for name, value in image.weights.items())
         run.report("spatial weights changed", changed, at_most=0)
         held_out_losses(run, config, image, unet, real)
         videos = {}
         for name, frames in (("before", None), ("after", config.frames)):  # the same noise
-            z = sample_clips(unet, image, unconditional, frames, config.ddim_steps, config.eta, run, label=name,
-                             length=config.frames)
+            z = sample_clips(
+                unet, image, unconditional, frames, config.ddim_steps, config.eta, run, label=name, length=config.frames
+            )
             with run.autocast():
                 videos[name] = image.decode(z, config.frames)
     for name, goal in (("before", dict(at_least=4.0)), ("after", dict(at_most=1.5))):
@@ -276,8 +294,14 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):
             unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames))
         unet.train_temporal_only()
-        return dry_run(config, {"unet": unet}, {"clips": (config.batch, config.frames, *image.shape),
-                                                "network input": (config.batch * config.frames, *image.shape)})
+        return dry_run(
+            config,
+            {"unet": unet},
+            {
+                "clips": (config.batch, config.frames, *image.shape),
+                "network input": (config.batch * config.frames, *image.shape),
+            },
+        )
     run = Run(NAME, config)
     image = lesson02.ImageModel.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)

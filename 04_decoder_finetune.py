@@ -1,9 +1,9 @@
 """Lesson 4: a decoder that knows about time (Sec. 3.1.1, Tables 3, 8 and 14).
 
 An image decoder, frame by frame, turns smooth latents into flickering video. Here temporal layers (3D convolutions of
-kernel 3,3,3, merged by alpha as in lesson 3) enter the decoder, and the whole decoder is fine-tuned on clips of 6 frames
-at the final rate: reconstruction, a perceptual term, and a patch-wise video discriminator made of 3D convolutions. The
-encoder stays frozen, so every latent the diffusion models know keeps its meaning.
+kernel 3,3,3, merged by alpha as in lesson 3) enter the decoder, and the whole decoder is fine-tuned on clips of 6
+frames at the final rate: reconstruction, a perceptual term, and a patch-wise video discriminator made of 3D
+convolutions. The encoder stays frozen, so every latent the diffusion models know keeps its meaning.
 
   python 04_decoder_finetune.py                         6 minutes on 2 cores
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
@@ -22,12 +22,12 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from common.data import DrivingScenes, open_data
 from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
+from common.data import DrivingScenes, open_data
 from common.measures import box_mask, flicker, psnr
 from common.pictures import animation, plot_metrics, sheet
 from common.scenes import MAX_CARS
@@ -79,7 +79,8 @@ PRESETS: dict[str, dict] = {
     "smoke": dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
     "cpu": {},
     "gpu": PAPER | dict(steps=20_000, batch=8, lr=1e-4, gan_start=5000, save_every=2000),
-    "paper": PAPER | dict(steps=41_000),  # Table 8: 4 clips on each of 8 GPUs; discriminator start and weights not given
+    # Table 8: 4 clips on each of 8 GPUs. Start and weight of the discriminator are not given: LDM's habits.
+    "paper": PAPER | dict(steps=41_000),
     "biking": PAPER | dict(steps=78_000, batch=40, lr=5e-5, gan_weight=0.5),
 }
 
@@ -92,7 +93,10 @@ class FrameResnetBlock(nn.Module):
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        conv = (lambda: nn.Conv3d(channels, channels, (kernel, 3, 3), padding=(kernel // 2, 1, 1)))
+
+        def conv() -> nn.Conv3d:
+            return nn.Conv3d(channels, channels, (kernel, 3, 3), padding=(kernel // 2, 1, 1))
+
         self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), conv())
         self.out_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Identity(), zero(conv()))
 
@@ -119,8 +123,9 @@ class VideoResnetBlock(ResnetBlock):
         z = super().forward(x)  # (b t) c h w
         if self.frames is None:
             return z
-        z_prime = rearrange(self.time_stack(rearrange(z, "(b t) c h w -> b c t h w", t=self.frames)),
-                            "b c t h w -> (b t) c h w")
+        z_prime = rearrange(
+            self.time_stack(rearrange(z, "(b t) c h w -> b c t h w", t=self.frames)), "b c t h w -> (b t) c h w"
+        )
         return z + (1 - self.mix_factor.sigmoid().to(z.dtype)) * (z_prime - z)
 
 
@@ -196,9 +201,16 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 3 * width, 4 * width]
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, out, 3, stride=2, padding=1), group_norm(out), nn.SiLU(),
-                          nn.Conv2d(out, out, 3, padding=1), group_norm(out), nn.SiLU())
-            for c, out in zip(widths, widths[1:], strict=False))
+            nn.Sequential(
+                nn.Conv2d(c, out, 3, stride=2, padding=1),
+                group_norm(out),
+                nn.SiLU(),
+                nn.Conv2d(out, out, 3, padding=1),
+                group_norm(out),
+                nn.SiLU(),
+            )
+            for c, out in zip(widths, widths[1:], strict=False)
+        )
         self.where, self.what = nn.Conv2d(widths[-2], 1, 1), nn.Linear(widths[-1], 2 + MAX_CARS)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -224,8 +236,13 @@ def train_features(run: Run, config: Config, image) -> FeatureNetwork:
     torch.manual_seed(config.seed + 40)
     features = channels_last(FeatureNetwork()).to(run.device)
     scenes, optimizer = DrivingScenes(image.config.height, image.config.width, 30.0), adamw(features, 2e-3)
-    for step in training_loop(run, config.feature_steps, {"features": features, "optimizer": optimizer},
-                              file="features.pt", metrics="features.csv"):
+    for step in training_loop(
+        run,
+        config.feature_steps,
+        {"features": features, "optimizer": optimizer},
+        file="features.pt",
+        metrics="features.csv",
+    ):
         clips = scenes.clips((config.seed, 4, step), 16, 1, 30.0)
         with run.autocast():
             loss = features.loss(clips)
@@ -279,7 +296,12 @@ def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoe
     critics = channels_last(critics).to(run.device)
     optimizer = torch.optim.Adam([p for p in autoencoder.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9))
     critic_optimizer = torch.optim.Adam(critics.parameters(), config.lr, betas=(0.5, 0.9))
-    parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    parts = {
+        "autoencoder": autoencoder,
+        "critics": critics,
+        "optimizer": optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
     # the adaptive weight is taken at the decoder's last layer, or at its last trained one
     last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
@@ -333,15 +355,17 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
     run.report("PSNR, change", psnr(by_video, real) - psnr(by_image, real), "dB", at_least=-0.3)
     seam = config.frames
     steps = (by_video.diff(dim=1) - real.diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))  # error of each step in time
-    run.report("flicker at the seam of portions over elsewhere",
-               float(steps[seam - 1] / torch.cat([steps[:seam - 1], steps[seam:]]).mean()))
+    run.report(
+        "flicker at the seam of portions over elsewhere",
+        float(steps[seam - 1] / torch.cat([steps[: seam - 1], steps[seam:]]).mean()),
+    )
     alphas = [float(p.sigmoid()) for n, p in autoencoder.named_parameters() if n.endswith("mix_factor")]
     run.report("alpha, smallest", min(alphas))
     run.report("alpha, largest", max(alphas))
     sheet([real[0, :seam], by_image[0, :seam], by_video[0, :seam]], run.folder / "decoders.png")
     row = real.shape[-2] * 2 // 3  # one line of pixels over time: flicker shows as streaks across it
-    slices = [rearrange(v[:4, :, :, row], "b t c w -> b c t w").repeat_interleave(6, dim=2) for v in (real, by_image, by_video)]
-    sheet(slices, run.folder / "time_slices.png")
+    slices = [rearrange(v[:4, :, :, row], "b t c w -> b c t w") for v in (real, by_image, by_video)]
+    sheet([piece.repeat_interleave(6, dim=2) for piece in slices], run.folder / "time_slices.png")
     animation(torch.stack([real[0], by_image[0], by_video[0]]), run.folder / "decoders.gif", config.final_fps / 4, 3)
     plot_metrics(run.folder / "metrics.csv", ["l1", "perceptual", "gan_weight"], "video decoder")
     print(f"pictures: {run.folder}/decoders.png, time_slices.png, decoders.gif (real, image decoder, video decoder)")
@@ -366,8 +390,11 @@ def main(argv: list[str] | None = None) -> None:
             critic = VideoDiscriminator()
         train_decoder(autoencoder, config.freeze_spatial)
         video = (config.batch, config.frames, 3, image.config.height, image.config.width)
-        return dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
-                       {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
+        return dry_run(
+            config,
+            {"autoencoder": autoencoder, "video discriminator": critic},
+            {"clips": video, "latents": (config.batch, config.frames, *image.shape)},
+        )
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
     image = lesson02.ImageModel.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)

@@ -1,9 +1,9 @@
 """Lesson 5: prediction, context guidance and long videos by iteration (Sec. 3.2, Eqs. 3 and 4, Table 1).
 
-Changes from lesson 3: the temporal layers are told some frames. A mask m_S marks the first S of T frames, S in {0, 1, 2};
-c_S = (m_S * z, m_S) goes, resized to each level and through a learned convolution, into the 3D-conv blocks. Training
-starts from lesson 3's temporal weights with the new context columns at zero. With S = 1 a start frame continues, in as
-many futures as there are seeds; with S = 2, again and again, it becomes a long video.
+Changes from lesson 3: the temporal layers are told some frames. A mask m_S marks the first S of T frames, S in
+{0, 1, 2}; c_S = (m_S * z, m_S) goes, resized to each level and through a learned convolution, into the 3D-conv blocks.
+Training starts from lesson 3's temporal weights with the new context columns at zero. With S = 1 a start frame
+continues, in as many futures as there are seeds; with S = 2, again and again, it becomes a long video.
 
   python 05_prediction.py                          6 minutes on 2 cores
   python 05_prediction.py --temporal attention     the ablations of Table 1, each in a folder of its own:
@@ -21,11 +21,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from common.data import Clips, open_data
 from einops import rearrange, repeat
 from torch import nn
 
 from common.blocks import TemporalOptions
+from common.data import Clips, open_data
 from common.diffusion import guide
 from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
@@ -116,8 +116,9 @@ def temporal_options(config: Config, image) -> TemporalOptions:
     if config.temporal == "conv":
         return TemporalOptions(**options, attention_blocks=0)
     if config.temporal == "attention":
-        return TemporalOptions(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2,
-                               ff_mult=matching_ff_mult(config, image))
+        return TemporalOptions(
+            alpha_frames=config.alpha_frames, conv=False, attention_blocks=2, ff_mult=matching_ff_mult(config, image)
+        )
     return TemporalOptions(**options)
 
 
@@ -126,13 +127,16 @@ def matching_ff_mult(config: Config, image) -> float:
 
     Table 1 says "equal trainable parameters"; parameters are linear in the width, so two counts give the answer.
     """
+
     def trained(**options) -> int:
         with torch.device("meta"):
             return count(lesson02.ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
 
-    goal = trained(alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1,
-                   known_features=config.known_features)
-    narrow, wide = (trained(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2, ff_mult=m) for m in (1, 2))
+    goal = trained(
+        alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1, known_features=config.known_features
+    )
+    attention = dict(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2)
+    narrow, wide = (trained(**attention, ff_mult=mult) for mult in (1, 2))
     return max(0.25, 1 + (goal - narrow) / (wide - narrow))
 
 
@@ -156,8 +160,14 @@ def build(config: Config, image) -> nn.Module:
     return unet
 
 
-def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None,
-             c_S: torch.Tensor, frames: int) -> torch.Tensor:
+def run_unet(
+    unet: nn.Module,
+    z_tau: torch.Tensor,
+    tau: torch.Tensor,
+    context: torch.Tensor | None,
+    c_S: torch.Tensor,
+    frames: int,
+) -> torch.Tensor:
     """f(z_tau; c_S). z_tau: (b t) c h w, tau: b, c_S: (b t) c+1 h w."""
     if not unet.temporal.known_channels:  # attention-only
         return unet(torch.cat([z_tau, c_S], dim=1), tau, context, frames=frames)
@@ -217,8 +227,17 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
 
 
 @torch.no_grad()
-def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, config: Config, run: Run, *key: object,
-                  guidance: float | None = None, label: str = "") -> torch.Tensor:
+def predict_clips(
+    unet: nn.Module,
+    image,
+    known: torch.Tensor,
+    clips: Clips,
+    config: Config,
+    run: Run,
+    *key: object,
+    guidance: float | None = None,
+    label: str = "",
+) -> torch.Tensor:
     """Continues clips. known: b s c h w, the latents of the S first frames (S = 0, 1, 2) -> b t c h w, all frames.
 
     clips: the labels of each row. The known frames are denoised along with the others and come back nearly as given.
@@ -240,16 +259,28 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
             return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config.frames), output, scale)
 
     noise = run.noise((b * config.frames, *image.shape), "sample", *key)
-    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
-                             clamp=1.0 if image.config.pixel else None, label=label)
+    z = image.diffusion.ddim(
+        predict,
+        noise,
+        config.ddim_steps,
+        config.eta,
+        run.generator("ddim", *key),
+        clamp=1.0 if image.config.pixel else None,
+        label=label,
+    )
     return rearrange(z, "(b t) c h w -> b t c h w", b=b)
 
 
 def rows(clips: Clips, times: int) -> Clips:
     """Every row of the labels `times` times."""
     pick = torch.arange(len(clips.night)).repeat_interleave(times)
-    return Clips(clips.video[pick], clips.night[pick], clips.cars[pick], clips.boxes[pick],
-                 [clips.captions[i] for i in pick.tolist()])
+    return Clips(
+        clips.video[pick],
+        clips.night[pick],
+        clips.cars[pick],
+        clips.boxes[pick],
+        [clips.captions[i] for i in pick.tolist()],
+    )
 
 
 # %% Figures and numbers
@@ -269,11 +300,16 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
 
     truth = decode(z)
     with ema.applied():
-        futures = decode(predict_clips(unet, image, z[:, :1].repeat_interleave(n, 0), rows(real, n), config, run, 1,
-                                       label="futures, S = 1"))
+        futures = decode(
+            predict_clips(
+                unet, image, z[:, :1].repeat_interleave(n, 0), rows(real, n), config, run, 1, label="futures, S = 1"
+            )
+        )
         second = decode(predict_clips(unet, image, z[:, :2], real, config, run, 2, label="S = 2"))
-        by_scale = {s: decode(predict_clips(unet, image, z[:, :1], real, config, run, 1, guidance=s, label=f"s = {s:g}"))
-                    for s in config.sweep}
+        by_scale = {}
+        for scale in config.sweep:
+            clips = predict_clips(unet, image, z[:, :1], real, config, run, 1, guidance=scale, label=f"s = {scale:g}")
+            by_scale[scale] = decode(clips)
     truths = truth.repeat_interleave(n, 0)
     run.report("given frame, S = 1, PSNR", psnr(futures[:, 0], truths[:, 0]), "dB", at_least=25)
     run.report("given frames, S = 2, PSNR", psnr(second[:, :2], truth[:, :2]), "dB", at_least=25)
@@ -287,7 +323,8 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
     distance, mismatch = (x.mean() for x in motion(futures))
     run.report("motion, distance over real", float(distance / real_distance), at_least=0.8, at_most=1.2)
     run.report("motion, mismatch over real", float(mismatch / real_mismatch))
-    run.report("spread of futures at the last frame", float(futures[:, -1].view(-1, n, *futures.shape[2:]).std(1).mean()))
+    last = rearrange(futures[:, -1], "(b n) c h w -> b n c h w", n=n)
+    run.report("spread of futures at the last frame", float(last.std(1).mean()))
     sheet([truth[0], *futures[: min(n, 3)], second[0]], run.folder / "futures.png")
     animation(futures[:n], run.folder / "futures.gif", fps)
     plot_sweep(run, by_scale, truth, float(real_distance))
@@ -298,11 +335,15 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
 def plot_sweep(run: Run, by_scale: dict[float, torch.Tensor], truth: torch.Tensor, real_distance: float) -> None:
     """Context guidance: fidelity to the given frame, motion and contrast against the scale s."""
     scales, figure = list(by_scale), plt.figure(figsize=(9, 2.6))
-    for i, (name, values) in enumerate({
-        "PSNR of the given frame (dB)": [psnr(v[:, 0], truth[:, 0]) for v in by_scale.values()],
-        "motion over real": [float(motion(v)[0].mean()) / real_distance for v in by_scale.values()],
-        "contrast at the last frame over real": [float(v[:, -1].std() / truth[:, -1].std()) for v in by_scale.values()],
-    }.items()):
+    for i, (name, values) in enumerate(
+        {
+            "PSNR of the given frame (dB)": [psnr(v[:, 0], truth[:, 0]) for v in by_scale.values()],
+            "motion over real": [float(motion(v)[0].mean()) / real_distance for v in by_scale.values()],
+            "contrast at the last frame over real": [
+                float(v[:, -1].std() / truth[:, -1].std()) for v in by_scale.values()
+            ],
+        }.items()
+    ):
         axis = figure.add_subplot(1, 3, i + 1)
         axis.plot(scales, values, "o-")
         axis.set(xlabel="context guidance s", title=name)
@@ -326,9 +367,14 @@ def main(argv: list[str] | None = None) -> None:
         image = lesson02.ImageModel.planned(config, config.pixel)
         with torch.device("meta"):
             unet = build(config, image)
-        return dry_run(config, {"unet": unet}, {
-            "clips": (config.batch, config.frames, *image.shape),
-            "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:])})
+        return dry_run(
+            config,
+            {"unet": unet},
+            {
+                "clips": (config.batch, config.frames, *image.shape),
+                "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:]),
+            },
+        )
     run = Run(NAME, config, variant_of(config))
     image = lesson02.ImageModel.load(run, "pixel" if config.pixel else "")
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)

@@ -3,8 +3,8 @@
 A second diffusion model, in pixel space: it denoises large frames given the small ones, which are concatenated to its
 input, and fed again as c_S to the 3D-conv layers. Noise augmentation hides what the small frames of lesson 8 get wrong:
 they are diffused to a random level in training (0 to 250 of 1000), to level 150 when sampling, and a token tells the
-level. First an image upsampler is trained, on patches; then its spatial layers are frozen and temporal layers trained on
-clips of patches, the same patch in every frame. Being convolutional it is applied to whole frames, in portions of 8.
+level. First an image upsampler is trained, on patches; then its spatial layers are frozen and temporal layers trained
+on clips of patches, the same patch in every frame. Being convolutional it is applied to whole frames, in portions of 8.
 
   python 07_upsampler.py          6 minutes on 2 cores
 
@@ -21,11 +21,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from common.data import open_data
 from einops import rearrange
 from torch import nn
 
 from common.blocks import TemporalOptions, sinusoids
+from common.data import open_data
 from common.diffusion import Diffusion
 from common.measures import flicker, psnr
 from common.pictures import animation, plot_metrics, sheet
@@ -90,17 +90,63 @@ class Config(BaseConfig):
 
 
 PRESETS: dict[str, dict] = {
-    "smoke": dict(patch=4, frames=3, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16, known_features=16,
-                  image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
+    "smoke": dict(
+        patch=4,
+        frames=3,
+        channels=16,
+        multipliers=(1, 2),
+        attention=(2,),
+        level_dim=16,
+        known_features=16,
+        image_steps=3,
+        image_batch=2,
+        steps=3,
+        batch=1,
+        ddim_steps=2,
+        samples=1,
+    ),
     "cpu": {},
-    "gpu": dict(patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), level_dim=256,
-                known_features=64, image_steps=30_000, image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4,
-                warmup=1000, ema_decay=0.9999, ddim_steps=50, save_every=2000),
+    "gpu": dict(
+        patch=32,
+        channels=96,
+        multipliers=(1, 2, 4, 4),
+        depth=2,
+        attention=(8,),
+        level_dim=256,
+        known_features=64,
+        image_steps=30_000,
+        image_batch=32,
+        image_lr=1e-4,
+        steps=20_000,
+        batch=8,
+        lr=1e-4,
+        warmup=1000,
+        ema_decay=0.9999,
+        ddim_steps=50,
+        save_every=2000,
+    ),
     # Table 6, driving upsampler. The table's attention resolution 8 can only be a downsampling factor; its alpha of
     # length 10 does not fit its 8 frames (8 here); its patch size is not given (64 small pixels is our guess).
-    "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), level_dim=768,
-                  known_features=128, alpha_frames=8, image_steps=84_000, image_batch=32, image_lr=1e-5, steps=84_000,
-                  batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50),
+    "paper": dict(
+        patch=64,
+        fps=4.0,
+        channels=160,
+        multipliers=(1, 2, 4, 4),
+        depth=2,
+        attention=(8,),
+        level_dim=768,
+        known_features=128,
+        alpha_frames=8,
+        image_steps=84_000,
+        image_batch=32,
+        image_lr=1e-5,
+        steps=84_000,
+        batch=16,
+        lr=1e-4,
+        warmup=1,
+        ema_decay=0.9999,
+        ddim_steps=50,
+    ),
 }
 PRESETS["biking"] = PRESETS["paper"]  # the paper trained none for Mountain Biking
 
@@ -114,15 +160,37 @@ class Upsampler(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         temporal = TemporalOptions(
-            alpha_frames=config.alpha_frames, context_dim=config.level_dim, known_channels=3,
-            known_features=config.known_features, positions=False)  # Table 6: no position encoding here
-        self.unet = channels_last(UNet(6, 3, config.channels, config.multipliers, config.depth, config.attention,
-                                       config.heads, context_dim=config.level_dim, temporal=temporal))
-        self.level = nn.Sequential(nn.Linear(config.level_dim, config.level_dim), nn.SiLU(),
-                                   nn.Linear(config.level_dim, config.level_dim))
+            alpha_frames=config.alpha_frames,
+            context_dim=config.level_dim,
+            known_channels=3,
+            known_features=config.known_features,
+            positions=False,
+        )  # Table 6: no position encoding here
+        self.unet = channels_last(
+            UNet(
+                6,
+                3,
+                config.channels,
+                config.multipliers,
+                config.depth,
+                config.attention,
+                config.heads,
+                context_dim=config.level_dim,
+                temporal=temporal,
+            )
+        )
+        self.level = nn.Sequential(
+            nn.Linear(config.level_dim, config.level_dim), nn.SiLU(), nn.Linear(config.level_dim, config.level_dim)
+        )
 
-    def forward(self, x_tau: torch.Tensor, tau: torch.Tensor, small: torch.Tensor, level: torch.Tensor,
-                frames: int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_tau: torch.Tensor,
+        tau: torch.Tensor,
+        small: torch.Tensor,
+        level: torch.Tensor,
+        frames: int | None = None,
+    ) -> torch.Tensor:
         """x_tau: (b t) 3 4h 4w, small: (b t) 3 h w already noised to level; tau, level: b (images: one a picture)."""
         token = self.level(sinusoids(level, self.level[0].in_features))[:, None]  # b 1 d
         enlarged = F.interpolate(small, scale_factor=SCALE, mode="bilinear").to(x_tau)
@@ -141,14 +209,15 @@ def noised(diffusion: Diffusion, small: torch.Tensor, level: torch.Tensor, gener
 
 
 def patches(video: torch.Tensor, count: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` patches of 4 size pixels from clips `b t 3 H W`, b first: count t 3 s s. All frames of a clip are cut at the
-    same place; were each cut at its own, there would be nothing to learn about time."""
+    """`count` patches of 4 `size` pixels a side, from clips `b t 3 H W` in turn: count t 3 s s.
+
+    All frames of a clip are cut at the same place; were each cut at its own, time would hold nothing to learn."""
     side, cut = SCALE * size, []
     for i in range(count):
         clip = video[i % len(video)]
         top = SCALE * int(torch.randint(0, (clip.shape[-2] - side) // SCALE + 1, (), generator=generator))
         left = SCALE * int(torch.randint(0, (clip.shape[-1] - side) // SCALE + 1, (), generator=generator))
-        cut.append(clip[..., top: top + side, left: left + side])
+        cut.append(clip[..., top : top + side, left : left + side])
     return torch.stack(cut)
 
 
@@ -198,11 +267,14 @@ def train(run: Run, config: Config, source, image) -> Upsampler:
     return model
 
 
-def train_step(run: Run, config: Config, source, model: Upsampler, optimizer, step: int, batch: int, lr: float,
-               frames: int | None) -> None:
+def train_step(
+    run: Run, config: Config, source, model: Upsampler, optimizer, step: int, batch: int, lr: float, frames: int | None
+) -> None:
     """One step of Eq. (5), on images (frames None) or clips: four patches from each rendered or read clip."""
     diffusion, draw = make_diffusion(config, run.device), run.generator("diffusion", frames, step)
-    clips = source.clips((config.seed, 8, step, frames or 0), -(-batch // 4), frames or 1, config.fps or config.final_fps)
+    clips = source.clips(
+        (config.seed, 8, step, frames or 0), -(-batch // 4), frames or 1, config.fps or config.final_fps
+    )
     x = patches(clips.video, batch, config.patch, draw).to(run.device)
     level = torch.randint(0, config.max_level + 1, (batch,), generator=draw).to(run.device)
     tau, t = diffusion.random_tau(batch, draw), x.shape[1]
@@ -224,8 +296,15 @@ def train_step(run: Run, config: Config, source, model: Upsampler, optimizer, st
 
 
 @torch.no_grad()
-def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], run: Run, *key: object,
-             video: bool = True, label: str = "") -> Iterator[torch.Tensor]:
+def upsample(
+    model: Upsampler,
+    config: Config,
+    small: Iterable[torch.Tensor],
+    run: Run,
+    *key: object,
+    video: bool = True,
+    label: str = "",
+) -> Iterator[torch.Tensor]:
     """Frames of one video, 3 h w each in [-1, 1], to 3 4h 4w on the CPU, in portions of `config.frames`.
 
     video False applies the image upsampler, alpha = 1, to the same noise.
@@ -237,8 +316,13 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
         level = torch.full((groups,), config.level, device=run.device)
         low = noised(diffusion, part.to(run.device), level.repeat_interleave(t // groups), draw)
 
-        def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
-                    frames: int | None = t if video else None) -> torch.Tensor:
+        def predict(
+            x_tau: torch.Tensor,
+            tau: torch.Tensor,
+            low: torch.Tensor = low,
+            level: torch.Tensor = level,
+            frames: int | None = t if video else None,
+        ) -> torch.Tensor:
             with run.autocast():
                 return model(x_tau, tau[: len(level)], low, level, frames)
 
@@ -258,8 +342,12 @@ def evaluate(run: Run, config: Config, source, model: Upsampler) -> None:
     bilinear = F.interpolate(small.flatten(0, 1), scale_factor=SCALE, mode="bilinear").view_as(real)
     ours = {}
     for name, video in (("image upsampler", False), ("video upsampler", True)):
-        ours[name] = torch.stack([torch.stack(list(upsample(model, config, clip, run, i, video=video, label=name)))
-                                  for i, clip in enumerate(small)])
+        ours[name] = torch.stack(
+            [
+                torch.stack(list(upsample(model, config, clip, run, i, video=video, label=name)))
+                for i, clip in enumerate(small)
+            ]
+        )
     for name, clips in {"bilinear": bilinear, **ours}.items():
         run.report(f"PSNR, {name}", psnr(clips, real), "dB")
         run.report(f"flicker, {name}", flicker(clips, real))
@@ -267,8 +355,10 @@ def evaluate(run: Run, config: Config, source, model: Upsampler) -> None:
     run.report("flicker, change", 100 * change, "%", at_most=-20)
     steps = (ours["video upsampler"].diff(dim=1) - real.diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))
     seam = config.frames - 1  # the step from one portion into the next
-    run.report("flicker at the seam of portions over elsewhere",
-               float(steps[seam] / torch.cat([steps[:seam], steps[seam + 1:]]).mean()))
+    run.report(
+        "flicker at the seam of portions over elsewhere",
+        float(steps[seam] / torch.cat([steps[:seam], steps[seam + 1 :]]).mean()),
+    )
     sheet([bilinear[0, :3], *(clips[0, :3] for clips in ours.values()), real[0, :3]], run.folder / "upsampled.png")
     crop = [clips[0, :, :, -160:, :160] for clips in (bilinear, *ours.values(), real)]
     animation(torch.stack(crop), run.folder / "upsampled.gif", 8)
@@ -289,10 +379,15 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)
         model.unet.train_temporal_only()
         large = (SCALE * image.config.height, SCALE * image.config.width)
-        return dry_run(config, {"model": model}, {
-            "patches": (config.batch, config.frames, 3, SCALE * config.patch, SCALE * config.patch),
-            "small frames": (config.frames, 3, image.config.height, image.config.width),
-            "large frames": (config.frames, 3, *large)})
+        return dry_run(
+            config,
+            {"model": model},
+            {
+                "patches": (config.batch, config.frames, 3, SCALE * config.patch, SCALE * config.patch),
+                "small frames": (config.frames, 3, image.config.height, image.config.width),
+                "large frames": (config.frames, 3, *large),
+            },
+        )
     run = Run(NAME, config)
     image = lesson02.ImageModel.load(run)
     if config.patch > min(image.config.height, image.config.width):

@@ -1,9 +1,9 @@
 """Lesson 8: the whole stack, and a long video out of it (Fig. 5).
 
-One frame from the image model (or yours); prediction with S = 1 makes 8 key frames of it, prediction with S = 2 goes on
-from the last two, again and again; two interpolation passes make 4 (N - 1) + 1 frames of N, twice; the video decoder makes
-pixels; the upsampler makes them four times as large. Every stage is a generator that holds one window, so memory does
-not grow with the length of the video.
+One frame from the image model (or yours); prediction with S = 1 makes 8 key frames of it, prediction with S = 2 goes
+on from the last two, again and again; two interpolation passes make 4 (N - 1) + 1 frames of N, twice; the video decoder
+makes pixels; the upsampler makes them four times as large. Every stage is a generator that holds one window, so memory
+does not grow with the length of the video.
 
   python 08_sample_long.py                            a few minutes on 2 cores
   python 08_sample_long.py --seconds 60 --no-upsampler
@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common.data import Clips, open_data
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from common.data import Clips, open_data
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
 from common.training import BaseConfig, Run, UserError, cli, count, parse
@@ -88,25 +88,46 @@ def first_latent(run: Run, config: Config, image, labels: Clips) -> torch.Tensor
         frame = read_first_frame(config.first_frame, image.config.height, image.config.width)
         with run.autocast():
             return image.encode(frame)
-    return lesson02.sample_images(image.unet(), image, labels, image.config.guidance, run, image.config.ddim_steps,
-                                  image.config.eta, "first", label="first frame")
+    return lesson02.sample_images(
+        image.unet(),
+        image,
+        labels,
+        image.config.guidance,
+        run,
+        image.config.ddim_steps,
+        image.config.eta,
+        "first",
+        label="first frame",
+    )
 
 
-def key_frames(run: Run, config: Config, image, first: torch.Tensor, labels: Clips, future: int) -> Iterator[torch.Tensor]:
+def key_frames(
+    run: Run, config: Config, image, first: torch.Tensor, labels: Clips, future: int
+) -> Iterator[torch.Tensor]:
     """Key-frame latents without end: S = 1 from the first frame, then S = 2 from the last two, again and again."""
     unet, settings = lesson05.load(run, image)
     settings.ddim_steps = config.ddim_steps or settings.ddim_steps
     known = first[None]  # 1 s c h w
     yield from first
     for extension in itertools.count():
-        clip = lesson05.predict_clips(unet, image, known, labels, settings, run, "key", future, extension,
-                                      guidance=config.guidance or None)
-        yield from clip[0, known.shape[1]:]
+        clip = lesson05.predict_clips(
+            unet, image, known, labels, settings, run, "key", future, extension, guidance=config.guidance or None
+        )
+        yield from clip[0, known.shape[1] :]
         known = clip[:, -2:]
 
 
-def interpolated(run: Run, config: Config, model, settings, image, frames: Iterable[torch.Tensor], stage: int,
-                 labels: Clips, future: int) -> Iterator[torch.Tensor]:
+def interpolated(
+    run: Run,
+    config: Config,
+    model,
+    settings,
+    image,
+    frames: Iterable[torch.Tensor],
+    stage: int,
+    labels: Clips,
+    future: int,
+) -> Iterator[torch.Tensor]:
     """One interpolation pass over a stream: every frame given comes out again, with three new ones before the next."""
     last = None
     for number, batch in enumerate(batched(frames, 8)):
@@ -123,8 +144,9 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def frames_of(run: Run, config: Config, image, first: torch.Tensor, labels: Clips, length: int,
-              future: int) -> Iterator[torch.Tensor]:
+def frames_of(
+    run: Run, config: Config, image, first: torch.Tensor, labels: Clips, length: int, future: int
+) -> Iterator[torch.Tensor]:
     """The whole stack for one video: 3 H W frames in [-1, 1], `length` of them."""
     keys = -(-(length - 1) // 4**config.passes) + 1
     stream: Iterable = itertools.islice(key_frames(run, config, image, first, labels, future), keys)
@@ -186,12 +208,12 @@ class Record:
         if self.writer:
             self.writer.close()
         save_animation(self.preview, self.folder / f"{self.name}.webp", self.fps / self.every)
-        rows = [torch.stack(self.contact[i: i + 4]) for i in range(0, len(self.contact), 4)]
+        rows = [torch.stack(self.contact[i : i + 4]) for i in range(0, len(self.contact), 4)]
         sheet(rows, self.folder / f"contact_sheet{self.name.removeprefix('long')}.png")
 
 
 def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> None:
-    """Colour, sharpness and frame difference over time, with the band (mean and two standard deviations) of real clips."""
+    """Colour, sharpness and frame difference over time, with the band (mean, two standard deviations) of real clips."""
     table, suffix = np.array(record.rows), record.name.removeprefix("long")
     header = "red,green,blue,sharpness,frame difference"
     np.savetxt(run.folder / f"drift{suffix}.csv", table, delimiter=",", header=header, comments="", fmt="%.5f")
@@ -206,12 +228,12 @@ def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> Non
             for channel, colour in enumerate(("tab:red", "tab:green", "tab:blue")):
                 axis.plot(seconds, line[:, channel], color=colour, lw=1)
         else:
-            axis.plot(seconds[-len(line):], line, color="0.2", lw=1)
+            axis.plot(seconds[-len(line) :], line, color="0.2", lw=1)
         axis.set(title=title, xlabel="seconds")
     save_figure(figure, run.folder / f"drift{suffix}.png")
     half = max(1, len(table) // 4)  # the first and the last quarter of the video
     for name, column in (("colour", slice(0, 3)), ("sharpness", slice(3, 4)), ("frame difference", slice(4, 5))):
-        first, last = table[1: 1 + half, column].mean(), table[-half:, column].mean()
+        first, last = table[1 : 1 + half, column].mean(), table[-half:, column].mean()
         run.report(f"drift of {name}, last quarter minus first{suffix}", float(last - first))
 
 
@@ -223,16 +245,24 @@ def show_plan(config: Config) -> None:
     from common.training import dry_run, preset_config
 
     image = lesson02.ImageModel.planned(config)
-    options = {lesson: preset_config(lesson.Config, lesson.PRESETS, config.preset) for lesson in (lesson04, lesson05, lesson06, lesson07)}
+    lessons = (lesson04, lesson05, lesson06, lesson07)
+    options = {lesson: preset_config(lesson.Config, lesson.PRESETS, config.preset) for lesson in lessons}
     with torch.device("meta"):
-        models = {"image model": image.unet(), "prediction": lesson05.build(options[lesson05], image),
-                  "interpolation": lesson06.Interpolator(options[lesson06], image),
-                  "video autoencoder": lesson04.video_autoencoder(image, options[lesson04].kernel),
-                  "upsampler": lesson07.Upsampler(options[lesson07])}
+        models = {
+            "image model": image.unet(),
+            "prediction": lesson05.build(options[lesson05], image),
+            "interpolation": lesson06.Interpolator(options[lesson06], image),
+            "video autoencoder": lesson04.video_autoencoder(image, options[lesson04].kernel),
+            "upsampler": lesson07.Upsampler(options[lesson07]),
+        }
     length, size = frame_count(config), (image.config.height, image.config.width)
     keys = -(-(length - 1) // 4**config.passes) + 1
-    shapes = {"key frames": (keys, *image.shape), "interpolated": (4**config.passes * (keys - 1) + 1, *image.shape),
-              "decoded": (length, 3, *size), "upsampled": (length, 3, *(lesson07.SCALE * s for s in size))}
+    shapes = {
+        "key frames": (keys, *image.shape),
+        "interpolated": (4**config.passes * (keys - 1) + 1, *image.shape),
+        "decoded": (length, 3, *size),
+        "upsampled": (length, 3, *(lesson07.SCALE * s for s in size)),
+    }
     dry_run(config, models, shapes)
     print(f"total parameters: {sum(count(m) for m in models.values())}")
 
@@ -260,8 +290,9 @@ def main(argv: list[str] | None = None) -> None:
     for future in range(config.futures):
         name, start = f"long-{future}" if config.futures > 1 else "long", time.time()
         record = Record(run.folder, name, length, config.fps or rate)
-        for frame in tqdm(frames_of(run, config, image, first, labels, length, future), total=length, desc=name,
-                          mininterval=1.0):
+        for frame in tqdm(
+            frames_of(run, config, image, first, labels, length, future), total=length, desc=name, mininterval=1.0
+        ):
             record.add(frame)
         record.close()
         run.report(f"frames in {name}", len(record.rows))

@@ -20,7 +20,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = group_norm(channels, 1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels, 1e-6), zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.norm2, self.conv2 = (
+            group_norm(out_channels, 1e-6),
+            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
@@ -85,7 +88,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     def __init__(self, channels: int, block: type[nn.Module]) -> None:
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = block(channels, channels), AttnBlock(channels), block(channels, channels)
+        self.block_1, self.attn_1, self.block_2 = (
+            block(channels, channels),
+            AttnBlock(channels),
+            block(channels, channels),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -117,8 +124,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """b z H/f W/f -> b 3 H W. `up.i` counts from the highest resolution, as in the checkpoints."""
 
-    def __init__(self, channels: int, multipliers: Sequence[int], depth: int, z_channels: int, attention: bool,
-                 block: type[nn.Module] = ResnetBlock) -> None:
+    def __init__(
+        self,
+        channels: int,
+        multipliers: Sequence[int],
+        depth: int,
+        z_channels: int,
+        attention: bool,
+        block: type[nn.Module] = ResnetBlock,
+    ) -> None:
         super().__init__()
         width = multipliers[-1] * channels
         self.conv_in, self.mid = nn.Conv2d(z_channels, width, 3, padding=1), Middle(width, block)
@@ -163,8 +177,17 @@ class Autoencoder(nn.Module):
     checkpoint. encode and decode convert to and from scaled latents.
     """
 
-    def __init__(self, channels: int, multipliers: Sequence[int], depth: int, z_channels: int, regularizer: str,
-                 codes: int = 16384, attention: bool = False, block: type[nn.Module] = ResnetBlock) -> None:
+    def __init__(
+        self,
+        channels: int,
+        multipliers: Sequence[int],
+        depth: int,
+        z_channels: int,
+        regularizer: str,
+        codes: int = 16384,
+        attention: bool = False,
+        block: type[nn.Module] = ResnetBlock,
+    ) -> None:
         super().__init__()
         if regularizer not in ("kl", "vq"):
             raise ValueError(f"regularizer {regularizer!r}: use kl or vq")
@@ -210,7 +233,7 @@ class Autoencoder(nn.Module):
         return mean + (0.5 * log_variance).exp() * noise, kl
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """b 3 H W -> scaled latents b z H/f W/f: the posterior mean, or the latent before quantisation (as LDM does)."""
+        """b 3 H W -> scaled latents b z H/f W/f: the posterior mean, or the latent before quantisation, as in LDM."""
         return self.moments(x)[0] * self.scale
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:

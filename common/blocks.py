@@ -112,7 +112,7 @@ class FrameConv(nn.Conv3d):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv, plus diffusion time, GroupNorm, SiLU, conv, plus skip. Shapes: b c h w, b e -> b c' h w."""
+    """GroupNorm, SiLU, conv, plus diffusion time, GroupNorm, SiLU, conv, plus skip: b c h w, b e -> b c' h w."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, temporal: bool = False) -> None:
         super().__init__()
@@ -306,8 +306,9 @@ class SpatialTransformer(nn.Module):
 class SpatialVideoTransformer(SpatialTransformer):
     """A spatial transformer with its temporal block inside: after the spatial block, before the output projection."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int, options: TemporalOptions,
-                 linear: bool = True) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, options: TemporalOptions, linear: bool = True
+    ) -> None:
         super().__init__(channels, heads, context_dim, linear)
         self.time_stack = nn.ModuleList(
             [FrameTransformerBlock(channels, heads, options) for _ in range(options.attention_blocks)]

@@ -40,7 +40,7 @@ def motion(video: torch.Tensor, block: int = 8, reach: int = 6) -> tuple[torch.T
     distance = torch.zeros_like(best)
     for dy in range(-reach, reach + 1):
         for dx in range(-reach, reach + 1):
-            moved = second[..., reach + dy: reach + dy + height, reach + dx: reach + dx + width]
+            moved = second[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
             length = (dx * dx + dy * dy) ** 0.5
             cost = F.avg_pool2d((first - moved).abs(), block) + 1e-4 * length  # nearest among equals
             distance = torch.where(cost < best, length, distance)

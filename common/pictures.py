@@ -14,13 +14,24 @@ from common.training import UserError
 matplotlib.use("Agg")  # no screen on a cluster
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False})
+plt.rcParams.update(
+    {
+        "figure.dpi": 100,
+        "savefig.bbox": "tight",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "font.size": 9,
+        "legend.frameon": False,
+    }
+)
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
     """`... c h w` in [-1, 1] -> `... h w c` uint8."""
-    return rearrange(((video.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte(), "... c h w -> ... h w c").numpy()
+    pixels = ((video.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return rearrange(pixels, "... c h w -> ... h w c").numpy()
 
 
 def sheet(rows: Sequence[torch.Tensor], path: Path, gap: int = 2) -> None:
@@ -100,6 +111,6 @@ def plot_metrics(path: Path, columns: Sequence[str], title: str, smooth: int = 5
         window = min(smooth, len(values))
         axis.plot(np.atleast_1d(table["step"]), values, alpha=0.25, color="C0")
         mean = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(np.atleast_1d(table["step"])[window - 1:], mean, color="C0")
+        axis.plot(np.atleast_1d(table["step"])[window - 1 :], mean, color="C0")
         axis.set(xlabel="step", ylabel=column, title=title)
     save_figure(figure, path.with_suffix(".png"))

@@ -63,8 +63,18 @@ class BaseConfig:
 
 
 # what may differ between two runs into the same folder
-RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
-                  "sample_boxes"}
+RUNTIME_FIELDS = {
+    "out",
+    "steps",
+    "device",
+    "precision",
+    "threads",
+    "save_every",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "sample_boxes",
+}
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -107,7 +117,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     preset = given.pop("preset", "cpu")
     config = preset_config(config_class, presets, preset, **given)
-    for name in ("steps", "batch", "frames", "ddim_steps", "save_every"):
+    for name in ("steps", "batch", "frames", "save_every"):
         if getattr(config, name, 1) < (0 if name == "steps" else 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if not config.final_fps > 0:
@@ -228,8 +238,9 @@ class Run:
             writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
         self.last_row = row
 
-    def report(self, name: str, value: float, unit: str = "", at_least: float | None = None,
-               at_most: float | None = None) -> None:
+    def report(
+        self, name: str, value: float, unit: str = "", at_least: float | None = None, at_most: float | None = None
+    ) -> None:
         """Prints one of the stage's numbers beside its goal and keeps it in numbers.json."""
         goal, met = "", True
         if self.config.preset == "smoke":  # a few steps prove that it runs, not that it learns
@@ -297,8 +308,10 @@ def check_lineage(content: dict, lineage: dict, path: Path, remedy: str) -> None
     theirs = content.get("lineage", {})
     for name, value in lineage.items():
         if theirs.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {theirs.get(name)}, this run has {value}; "
-                            f"make it anew with: {remedy} --overwrite")
+            raise UserError(
+                f"{path} was trained with {name} {theirs.get(name)}, this run has {value}; "
+                f"make it anew with: {remedy} --overwrite"
+            )
 
 
 def is_temporal(name: str) -> bool:
@@ -380,17 +393,27 @@ def load_part(part: nn.Module | torch.optim.Optimizer | EMA, state: dict, where:
             unexpected = part.load_state_dict(state, strict=False).unexpected_keys
             if missing or unexpected:
                 names = ", ".join(sorted([*missing, *unexpected])[:3])
-                raise UserError(f"{where} does not fit this network: {len(missing)} names missing, "
-                                f"{len(unexpected)} unexpected ({names}, ...); train again with --overwrite")
+                raise UserError(
+                    f"{where} does not fit this network: {len(missing)} names missing, "
+                    f"{len(unexpected)} unexpected ({names}, ...); train again with --overwrite"
+                )
         else:
             part.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{where} does not fit this network ({str(error).strip().splitlines()[-1].strip()}); "
-                        "train again with --overwrite") from None
+        raise UserError(
+            f"{where} does not fit this network ({str(error).strip().splitlines()[-1].strip()}); "
+            "train again with --overwrite"
+        ) from None
 
 
-def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, file: str = "checkpoint.pt",
-                  metrics: str = "metrics.csv") -> Iterator[int]:
+def training_loop(
+    run: Run,
+    steps: int,
+    parts: dict,
+    extra: dict | None = None,
+    file: str = "checkpoint.pt",
+    metrics: str = "metrics.csv",
+) -> Iterator[int]:
     """Yields step numbers; around them it resumes, saves, shows progress and answers Ctrl-C and SIGTERM.
 
     parts: modules, optimizers and EMA by name, restored with --resume and saved every `save_every` steps, at the last

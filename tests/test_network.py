@@ -1,0 +1,204 @@
+"""The network: alpha = 1 is the image model, spatial layers do not mix frames, temporal layers do."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from common.autoencoder import Autoencoder
+from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions
+from common.training import count, is_temporal
+from common.unet import UNet
+
+SMALL = dict(in_channels=4, out_channels=4, channels=16, multipliers=(1, 2), depth=1, attention=(1, 2), heads=2)
+OPTIONS = TemporalOptions(context_dim=8, known_channels=5, known_features=16)
+B, T = 2, 4
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random values everywhere: a network whose zero-initialised layers are still zero would pass any test."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"x": (B * T, 4, 8, 16), "context": (B, 3, 8), "time_context": (B, 2, 8), "known": (B * T, 5, 8, 16)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def pair() -> tuple[UNet, UNet]:
+    """An image network and a video network with the same spatial weights, all weights random."""
+    image, video = UNet(**SMALL, context_dim=8), UNet(**SMALL, context_dim=8, temporal=OPTIONS)
+    randomise(image), randomise(video, 2)
+    missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
+    assert not unexpected and missing and all(is_temporal(name) for name in missing)
+    return image, video
+
+
+def video_call(video: UNet, given: dict, tau: torch.Tensor | None = None, frames: int | None = T) -> torch.Tensor:
+    tau = torch.tensor([100, 700]) if tau is None else tau
+    return video(given["x"], tau, given["context"], frames=frames, time_context=given["time_context"],
+                 known=given["known"])  # fmt: skip
+
+
+def test_alpha_one_is_the_image_model_bit_for_bit() -> None:
+    image, video = pair()
+    given, tau = inputs(), torch.tensor([100, 700])
+    with torch.no_grad():
+        expected = image(given["x"], tau, given["context"])
+        assert torch.equal(video_call(video, given, frames=None), expected)  # called on images
+        assert not torch.allclose(video_call(video, given), expected)
+        for name, parameter in video.named_parameters():
+            if name.endswith("mix_factor"):
+                parameter.fill_(float("inf"))  # alpha = 1
+        assert torch.equal(video_call(video, given), expected)
+
+
+def test_a_new_video_network_starts_as_the_image_model() -> None:
+    image = randomise(UNet(**SMALL, context_dim=8))
+    video = UNet(**SMALL, context_dim=8, temporal=OPTIONS)
+    video.load_state_dict(image.state_dict(), strict=False)
+    given = inputs()
+    with torch.no_grad():
+        expected = image(given["x"], torch.tensor([100, 700]), given["context"])
+        torch.testing.assert_close(video_call(video, given), expected, rtol=0, atol=0)
+
+
+def test_temporal_weights_learn_from_the_first_step() -> None:
+    video = UNet(**SMALL, context_dim=8, temporal=OPTIONS)
+    video.load_state_dict(randomise(UNet(**SMALL, context_dim=8)).state_dict(), strict=False)
+    video.train_temporal_only()
+    video_call(video, inputs()).square().mean().backward()
+    last = [p for n, p in video.named_parameters() if "time_stack" in n and n.endswith("ff.net.2.weight")]
+    assert last and all(p.grad.abs().max() > 0 for p in last)
+    assert all(p.grad is None for n, p in video.named_parameters() if not is_temporal(n))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, TemporalOptions(conv=False), TemporalOptions(attention_blocks=0)])
+def test_changing_frame_3_changes_frame_0(options: TemporalOptions) -> None:
+    video = randomise(UNet(**SMALL, context_dim=8, temporal=options))
+    given = inputs()
+    with torch.no_grad():
+        before = video_call(video, given)
+        given["x"][3] += 1
+        after = video_call(video, given)
+    assert (after[0] - before[0]).abs().max() > 1e-4
+    assert torch.equal(after[T:], before[T:])  # the other clip of the batch does not notice
+
+
+def test_permuting_frames_permutes_spatial_layers_and_not_temporal_ones() -> None:
+    _, video = pair()
+    given, order = inputs(), torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
+    shuffled = given | {"x": given["x"][order], "known": given["known"][order]}
+    with torch.no_grad():
+        torch.testing.assert_close(video_call(video, shuffled, frames=None), video_call(video, given, frames=None)[order])
+        assert not torch.allclose(video_call(video, shuffled), video_call(video, given)[order], atol=1e-3)
+
+
+def test_the_frame_convolution_is_the_3d_convolution() -> None:
+    conv = FrameConv(4, 6)
+    x = torch.randn(2, 4, 5, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(conv(x), torch.nn.Conv3d.forward(conv, x[..., None])[..., 0])
+
+
+def test_frame_attention_is_attention_at_every_position() -> None:
+    attention = randomise(FrameAttention(8, 2))
+    x = torch.randn(B * T, 6, 8, generator=torch.Generator().manual_seed(0))
+    alone = [super(FrameAttention, attention).forward(x.view(B, T, 6, 8)[:, :, i]) for i in range(6)]
+    torch.testing.assert_close(attention(x, T), torch.stack(alone, dim=2).reshape(B * T, 6, 8))
+
+
+def test_alpha_multiplies_the_spatial_branch_and_may_be_a_vector_over_frames() -> None:
+    merge, z, z_prime = AlphaMerge(T), torch.zeros(B * T, 1, 2, 2), torch.ones(B * T, 1, 2, 2)
+    with torch.no_grad():
+        merge.mix_factor.copy_(torch.tensor([float("inf"), 0.0, float("-inf"), 0.0]))
+    assert merge(z, z_prime, T)[:T, 0, 0, 0].tolist() == [0.0, 0.5, 1.0, 0.5]
+    with pytest.raises(ValueError, match="4 frames"):
+        merge(z[:6], z_prime[:6], 3)
+
+
+def test_a_merge_of_equal_branches_is_exact_in_bfloat16() -> None:
+    merge, z = AlphaMerge(1), torch.randn(8, 4, 3, 3).bfloat16()
+    with torch.no_grad():
+        merge.mix_factor.fill_(0.3)
+    assert torch.equal(merge(z, z, 4), z)
+
+
+@pytest.mark.parametrize(
+    ("config", "spatial", "temporal"),
+    [  # published counts, and those of the paper's App. H.2.1 (649, 656 and 449 million)
+        (dict(channels=320, multipliers=(1, 2, 4, 4), depth=2, attention=(1, 2, 4), heads=8, context_dim=768,
+              linear=False, temporal=TemporalOptions(context_dim=768)), 859_520_964, 649_687_078),
+        (dict(channels=320, multipliers=(1, 2, 4, 4), depth=2, attention=(1, 2, 4), head_channels=64, context_dim=1024,
+              temporal=TemporalOptions(context_dim=1024)), 865_910_724, 656_076_838),
+        (dict(in_channels=7, channels=256, multipliers=(1, 2, 2, 4), depth=2, attention=(2, 4, 8), heads=8,
+              context_dim=1024, label_classes=1000, temporal=TemporalOptions(context_dim=768, known_channels=3)),
+         468_155_140, 449_420_838),
+    ],
+)  # fmt: skip
+def test_parameter_counts_of_stable_diffusion(config: dict, spatial: int, temporal: int) -> None:
+    with torch.device("meta"):
+        unet = UNet(**{"in_channels": 4, "out_channels": 4} | config)
+    assert count(unet, lambda name: not is_temporal(name)) == spatial
+    assert count(unet, is_temporal) == temporal
+
+
+def test_names_are_those_of_the_checkpoints() -> None:
+    with torch.device("meta"):
+        unet = UNet(4, 4, 320, (1, 2, 4, 4), 2, (1, 2, 4), heads=8, context_dim=768, linear=False,
+                    temporal=TemporalOptions(context_dim=768))  # fmt: skip
+        autoencoder = Autoencoder(128, (1, 2, 4, 4), 2, 4, "kl")
+    names, spatial = set(unet.state_dict()), [n for n in unet.state_dict() if not is_temporal(n)]
+    assert len(spatial) == 686
+    assert len(names) - len(spatial) == 738  # Stable Video Diffusion's 742 less its 4 of label_emb
+    for name in ("input_blocks.1.0.in_layers.2.weight", "input_blocks.3.0.op.weight", "output_blocks.2.1.conv.bias",
+                 "output_blocks.5.2.conv.weight", "middle_block.1.transformer_blocks.0.attn2.to_out.0.bias",
+                 "input_blocks.1.1.time_stack.0.ff_in.net.0.proj.weight", "input_blocks.1.1.time_pos_embed.2.bias",
+                 "middle_block.0.time_stack.out_layers.3.weight", "input_blocks.1.0.time_mixer.mix_factor",
+                 "out.2.weight", "time_embed.2.weight"):  # fmt: skip
+        assert name in names, name
+    assert unet.input_blocks[1][0].time_stack.in_layers[2].weight.shape == (320, 320, 3, 1, 1)
+    assert len(autoencoder.state_dict()) == 248 and count(autoencoder) == 83_653_863
+    assert "decoder.up.3.block.2.conv2.weight" in autoencoder.state_dict()
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+@pytest.mark.parametrize("levels", [3, 4])
+def test_autoencoder_shapes(regularizer: str, levels: int) -> None:
+    autoencoder = Autoencoder(16, (1,) * levels, 1, 4, regularizer, codes=32)
+    x, f = torch.randn(2, 3, 16, 32), 2 ** (levels - 1)
+    z = autoencoder.encode(x)
+    assert z.shape == (2, 4, 16 // f, 32 // f) and autoencoder.decode(z).shape == x.shape
+    z, loss = autoencoder.regularize(x, torch.zeros_like(z))
+    loss.backward()
+    assert autoencoder.encoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -> None:
+    lesson02, lesson04 = import_module("02_image_ldm"), import_module("04_decoder_finetune")
+    image = lesson02.ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
+    randomise(image.autoencoder)
+    video = lesson04.video_autoencoder(image)
+    z = torch.randn(4, *image.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = image.autoencoder.decode(z)
+        lesson04.set_frames(video, 4)
+        torch.testing.assert_close(video.decode(z), expected, rtol=0, atol=0)
+        randomise(video)
+        lesson04.set_frames(video, None)
+        assert torch.equal(video.decode(z), image.autoencoder.decode(z))  # the temporal layers are skipped
+        lesson04.set_frames(video, 4)
+        before = video.decode(z)
+        z[3] += 1
+        assert (video.decode(z)[0] - before[0]).abs().max() > 1e-4
+    lesson04.train_decoder(video, freeze_spatial=False)
+    assert not any(p.requires_grad for p in video.encoder.parameters())
+    assert all(p.requires_grad for p in video.decoder.parameters())
+    lesson04.train_decoder(video, freeze_spatial=True)
+    assert all(is_temporal(n) == p.requires_grad for n, p in video.named_parameters())
+
+
