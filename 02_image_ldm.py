@@ -78,7 +78,7 @@ class Config(BaseConfig):
     latent_channels: int = 4  # channels of z
     regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
     codes: int = 16384  # codebook size for vq
-    ae_steps: int = 1800  # training steps of the autoencoder
+    ae_steps: int = 2300  # training steps of the autoencoder
     ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
     ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
     square_weight: float = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
@@ -99,7 +99,7 @@ class Config(BaseConfig):
     beta_start: float = 0.0015  # first beta
     beta_end: float = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: int = 1800  # training steps of the U-Net
+    steps: int = 1500  # training steps of the U-Net
     batch: int = 16  # frames per step
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
@@ -675,6 +675,8 @@ def draw_boxes(run: Run, config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     config = parse(Config, presets("--pixel" in words), argv, __doc__)
+    if config.sample_boxes:
+        config.condition = "boxes"
     usual = config.condition in ("labels", PRESETS[config.preset].get("condition"))
     variant = "pixel" if config.pixel else "" if usual else config.condition
     if config.dry_run:

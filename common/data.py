@@ -1,52 +1,75 @@
-"""Clips to train on: the built-in procedural scenes, or a folder of the user's videos.
+"""Training data: the built-in driving scenes, or a folder of the user's own videos.
 
-Both kinds of source answer `clips(key, count, frames, fps, split)`, and the i-th clip depends on (key, i, split) alone:
-a script passes (seed, ..., step) as key, so a resumed run sees what an uninterrupted one would have seen.
+    source = open_data("driving", height=64, width=128, final_fps=30.0)
+    clips = source.clips(key=(seed, step), count=8, frames=8, fps=30 / 16)     # clips.video: 8 8 3 64 128
+
+A request says how many frames at which rate; the rates of this project are final_fps, a quarter and a sixteenth of it.
+The answer depends on the key alone, never on what was asked before, so a resumed run sees the clips it would have seen.
+
+A folder holds clips in any mixture of: mp4, mov, avi, mkv, webm (read by PyAV); animated gif, webp, png (Pillow);
+sub-folders of numbered png or jpg frames, whose rate is final_fps or the number in the sub-folder's fps.txt. Frames are
+picked by time stamp, not by stride: 25 frames a second have no even stride to 10, and phones record at uneven rates.
+Beside the clips may stand labels.csv (name, night, cars, caption), and CLIP.txt with the caption of CLIP.mp4.
 """
 
+import contextlib
 import csv
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from common.scenes import MAX_CARS, Scene
 from common.training import UserError
 
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")  # through PyAV
-ANIMATIONS = (".gif", ".webp", ".png", ".apng")  # through Pillow
-PICTURES = (".png", ".jpg", ".jpeg")  # numbered, one sub-folder a clip
-CACHE_BYTES = 2**31  # decoded frames kept in memory; what does not fit is decoded again when needed
+SPLITS = ("train", "held-out")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+ANIMATIONS = (".gif", ".webp", ".apng", ".png")
+PICTURES = (".png", ".jpg", ".jpeg")
+LOOKED_FOR = "*.mp4, mov, avi, mkv, webm; animated *.gif, webp, apng, png; sub-folders of numbered png or jpg frames"
+MEMORY = 2 * 2**30  # bytes of decoded frames to keep; clips beyond it are decoded again each time
 
 
 @dataclass
 class Clips:
-    """A batch: video `b t c h w` in [-1, 1]; night (1, 0, or -1 unknown) and cars in view (-1 unknown), b, int64;
-    boxes `b t n 4` (x0 y0 x1 y1 in fractions of the frame, zeros where there is none); captions, "" where unknown."""
+    """A batch of clips and what is known about them."""
 
-    video: torch.Tensor
-    night: torch.Tensor
-    cars: torch.Tensor
-    boxes: torch.Tensor
-    captions: list[str]
-
-
-def as_video(frames: np.ndarray) -> torch.Tensor:
-    """b t h w c uint8 -> b t c h w float32 in [-1, 1]."""
-    return rearrange(torch.from_numpy(frames), "b t h w c -> b t c h w").float() / 127.5 - 1
+    video: torch.Tensor  # b t c h w, float32 in [-1, 1]
+    night: torch.Tensor  # b, int64: 1 night, 0 day, -1 unknown
+    cars: torch.Tensor  # b, int64: cars in view ("crowdedness"), -1 unknown
+    boxes: torch.Tensor  # b t MAX_CARS 4, float32: x0 y0 x1 y1 in [0, 1], zeros where absent or unknown
+    captions: list[str]  # "" where unknown
 
 
-def rng_of(key: Sequence[int], number: int, split: str) -> np.random.Generator:
-    return np.random.default_rng([*key, number, int(split != "train")])
+def keyed(key: Sequence[int], i: int, split: str, stream: int = 0) -> np.random.Generator:
+    """The random numbers of clip i: the same for the same arguments, unrelated for any others."""
+    words = [*key, i, SPLITS.index(split)]
+    return np.random.default_rng(np.random.SeedSequence(words, spawn_key=(stream,)))
+
+
+def batch(frames: list[np.ndarray], night: list[int], cars: list[int], boxes: np.ndarray, captions: list[str]) -> Clips:
+    """Clips from a list of (t h w c, uint8) and the labels, one entry a clip; boxes: b t MAX_CARS 4."""
+    video = rearrange(torch.from_numpy(np.stack(frames)), "b t h w c -> b t c h w").contiguous()
+    return Clips(video.float() / 127.5 - 1, torch.tensor(night), torch.tensor(cars), torch.from_numpy(boxes), captions)
+
+
+def note(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+# %% The built-in scenes
 
 
 class DrivingScenes:
-    """Procedural driving scenes: no download, any size and rate, labels and boxes known."""
+    """Procedural driving scenes, no two alike; each is watched from a random moment of its first 20 seconds."""
 
     name, labelled = "driving", True
 
@@ -54,237 +77,158 @@ class DrivingScenes:
         self.height, self.width, self.final_fps = height, width, final_fps
 
     def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
-        scenes = [Scene([*key, i, int(split != "train")]) for i in range(count)]
-        times = [rng_of(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in range(count)]
+        """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only."""
+        scenes = [Scene([*key, i, SPLITS.index(split)]) for i in range(count)]
+        starts = [keyed(key, i, split).uniform(0, 20) for i in range(count)]
+        times = [start + np.arange(frames) / fps for start in starts]
         pairs = list(zip(scenes, times, strict=True))
-        return Clips(
-            as_video(np.stack([scene.render(t, self.height, self.width) for scene, t in pairs])),
-            torch.tensor([int(scene.night) for scene in scenes]),
-            torch.tensor([scene.car_count(t) for scene, t in pairs]),
-            torch.from_numpy(np.stack([scene.boxes(t) for scene, t in pairs])).float(),
+        return batch(
+            [scene.render(t, self.height, self.width) for scene, t in pairs],
+            [int(scene.night) for scene in scenes],
+            [scene.car_count(t) for scene, t in pairs],
+            np.stack([scene.boxes(t) for scene, t in pairs]),
             [scene.caption for scene in scenes],
         )
 
 
-# %% A folder of videos
+# %% Reading one clip: first when its frames are shown, then the frames that are wanted
 
 
 @dataclass
-class Video:
-    """One file or sub-folder: when each frame is shown (seconds), its labels, and its frames once decoded."""
+class Recording:
+    """One clip of a folder. A single picture has no rate: its fps is infinite."""
 
     path: Path
-    times: np.ndarray
+    times: np.ndarray  # seconds, increasing, as stored in the file
     night: int = -1
     cars: int = -1
     caption: str = ""
-    pixels: np.ndarray | None = None
+    kept: np.ndarray | None = None  # t h w c, uint8: all frames, once they are in memory
+
+    @property
+    def stem(self) -> str:
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the last."""
+        return float(self.times[-1] - self.times[0])
 
     @property
     def fps(self) -> float:
-        return (len(self.times) - 1) / self.duration if self.duration > 0 else 0.0
+        return (len(self.times) - 1) / self.seconds if len(self.times) > 1 else math.inf
 
-    @property
-    def duration(self) -> float:
-        return float(self.times[-1] - self.times[0])
+    def too_slow(self, fps: float) -> bool:
+        return self.fps < 0.999 * fps  # 29.97 passes for 30
 
     def problem(self, frames: int, fps: float) -> str:
-        """Why this video cannot give `frames` frames at `fps`; empty if it can. Never sampled above its own rate."""
-        if frames > 1 and self.fps < 0.999 * fps:
-            return f"{self.path.name} has {self.fps:.4g} frames a second"
-        if self.duration + 0.5 / max(self.fps, 1e-9) < (frames - 1) / fps:
-            return f"{self.path.name} is {self.duration:.3g} s long"
+        """Why it cannot give so many frames at this rate; "" if it can. Half a frame may be missing at the end."""
+        need = (frames - 1) / fps
+        if self.too_slow(fps):
+            return f"{self.path.name} has {self.fps:.4g} fps, {fps:g} are asked for"
+        if need > self.seconds + 0.5 / self.fps:
+            return f"{self.path.name} is {self.seconds:.1f} s long, {frames} frames at {fps:g} fps need {need:.1f} s"
         return ""
 
 
-def open_av(path: Path):
+def natural(path: Path) -> list:
+    """Sorting key that puts 9.png before 10.png."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+
+
+def frame_files(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != "."), key=natural)
+
+
+def open_video(path: Path):
+    """A PyAV container. Raises UserError without PyAV, ValueError without pictures."""
     try:
         import av
     except ImportError:
-        raise UserError(f'{path.name} needs the video extra: pip install av (or pip install -e ".[video]")') from None
-    return av.open(str(path))
+        raise UserError(f'{path} needs PyAV to be read: pip install av (or pip install "videoldm[video]")') from None
+    container = av.open(str(path), metadata_errors="ignore")
+    if not container.streams.video:
+        raise ValueError("no video stream")
+    container.streams.video[0].thread_type = "AUTO"
+    return container
 
 
-def frame_times(path: Path, final_fps: float) -> np.ndarray:
-    """When each frame is shown, in seconds. Any exception means that the file cannot be used."""
+def stamps(path: Path, default_fps: float) -> np.ndarray:
+    """When a clip's frames are shown: (t), in seconds, increasing. Raises all sorts of errors if it is damaged."""
     if path.is_dir():
-        rate = path / "fps.txt"
-        fps = float(rate.read_text()) if rate.exists() else final_fps
-        return np.arange(len(pictures_in(path))) / fps
-    if path.suffix.lower() in VIDEOS:
-        with open_av(path) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            return np.array([float(frame.pts * stream.time_base) for frame in container.decode(stream)])
+        return np.arange(len(frame_files(path))) / folder_fps(path, default_fps)
+    if path.suffix.lower() in ANIMATIONS:
+        return np.array([time for time, _ in animation_pictures(path)])
+    found = []
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):  # one packet is one frame, not yet decoded
+            if packet.is_corrupt:
+                raise ValueError("truncated")
+            if packet.size and not packet.is_discard and packet.pts is not None:
+                found.append(packet.pts)
+        return np.unique(found) * float(stream.time_base)  # in order of decoding before, of showing after
+
+
+def folder_fps(folder: Path, default: float) -> float:
+    """The rate of a sub-folder of frames: the number in its fps.txt, else the default."""
+    file = folder / "fps.txt"
+    if not file.exists():
+        return default
+    with contextlib.suppress(ValueError):
+        if 0 < (fps := float(file.read_text())) < math.inf:
+            return fps
+    raise UserError(f"{file}: must hold one positive number, the frames per second")
+
+
+Pictures = Iterator[tuple[float, Callable[[], Image.Image]]]  # time stamp, and what makes the picture
+
+
+def video_pictures(path: Path, start: float) -> Pictures:
+    """A video's frames, decoded from the key frame before `start` seconds on."""
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        scale, first = float(stream.time_base), stream.start_time or 0
+        # a second early: the frames shown just before a key frame may be stored behind it
+        container.seek(max(int((start - 1) / scale), first), stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is not None:
+                yield frame.pts * scale, frame.to_image
+
+
+def animation_pictures(path: Path) -> Pictures:
+    """The frames of an animated gif, webp or png, from the first."""
     with Image.open(path) as image:
-        durations = [frame.info.get("duration", 100) / 1000 for frame in ImageSequence.Iterator(image)]
-    return np.cumsum([0.0, *durations[:-1]])
+        if getattr(image, "n_frames", 1) == 1:
+            raise ValueError("not animated")
+        time = 0.0
+        for i in range(image.n_frames):
+            image.seek(i)
+            image.load()
+            yield time, image.copy
+            time += (image.info.get("duration") or 100) / 1000  # a duration of 0 is shown as 0.1 s by every browser
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The numbered pictures of a sub-folder, 2 before 10."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
-    return sorted(found, key=lambda path: (len(path.stem), path.stem))
-
-
-def read_frames(path: Path, first: int, last: int, height: int, width: int) -> np.ndarray:
-    """Frames first..last, resized and centre-cropped: t h w 3 uint8."""
-
-    def fit(image: Image.Image) -> np.ndarray:
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
-
+def pictures(recording: Recording, start: float) -> Pictures:
+    """A clip's frames in order; the first is at or before `start` seconds."""
+    path = recording.path
     if path.is_dir():
-        return np.stack([fit(Image.open(picture)) for picture in pictures_in(path)[first : last + 1]])
-    if path.suffix.lower() in VIDEOS:
-        with open_av(path) as container:
-            frames = []
-            for number, frame in enumerate(container.decode(video=0)):
-                if number > last:
-                    break
-                if number >= first:
-                    frames.append(fit(frame.to_image()))
-            return np.stack(frames)
-    with Image.open(path) as image:
-        return np.stack([fit(f) for n, f in enumerate(ImageSequence.Iterator(image)) if first <= n <= last])
-
-
-class VideoFolder:
-    """A folder of videos of any size and rate, sampled by time stamp; labels.csv and captions where there are.
-
-    A fifth of the clips (the longest ones) is held out. Unusable files are named and skipped.
-    Raises UserError when nothing usable is there, or a label is wrong.
-    """
-
-    def __init__(self, folder: Path, height: int, width: int, final_fps: float) -> None:
-        self.folder, self.name, self.height, self.width, self.final_fps = folder, folder.name, height, width, final_fps
-        self.videos: list[Video] = []
-        skipped = []
-        for path in self._candidates():
-            try:
-                times = frame_times(path, final_fps)
-                if len(times) < 2:
-                    raise ValueError("fewer than two frames")
-                self.videos.append(Video(path, times))
-            except UserError:
-                raise
-            except Exception as error:  # decoders raise what they like
-                skipped.append(f"{path.name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
-        if skipped:
-            print(
-                f"skipped {len(skipped)} unreadable of {len(skipped) + len(self.videos)}: {', '.join(skipped)}",
-                file=sys.stderr,
-            )
-        if not self.videos:
-            raise UserError(
-                f"--data {folder}: no usable video; looked for {', '.join(VIDEOS)} and animated "
-                f"{', '.join(ANIMATIONS)} files, and sub-folders of numbered png or jpg frames"
-            )
-        self._read_labels()
-        by_length = sorted(self.videos, key=lambda video: (-video.duration, video.path.name))
-        number = max(1, len(self.videos) // 5) if len(self.videos) > 2 else 0
-        self.held_out = {video.path for video in by_length[:number]}
-        self.labelled = all(video.night >= 0 and video.cars >= 0 for video in self.videos)
-        self.told: set = set()
-
-    def _candidates(self) -> list[Path]:
-        if not self.folder.is_dir():
-            raise UserError(f"--data {self.folder}: no such folder (or use --data driving, the built-in scenes)")
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if not path.name.startswith(".")
-            and (path.suffix.lower() in VIDEOS + ANIMATIONS or path.is_dir() and pictures_in(path))
-        )
-
-    def _read_labels(self) -> None:
-        """labels.csv (name, night, cars, caption) and captions in text files beside the clips."""
-        by_name = {name: video for video in self.videos for name in (video.path.name, video.path.stem)}
-        for video in self.videos:
-            if video.path.with_suffix(".txt").is_file():
-                video.caption = video.path.with_suffix(".txt").read_text().strip()
-        path = self.folder / "labels.csv"
-        if not path.exists():
-            return
-        with path.open(newline="") as file:
-            for line, row in enumerate(csv.DictReader(file), start=2):
-                video = by_name.get(row.get("name") or "")
-                if video is None:
-                    raise UserError(f"{path}, line {line}: there is no clip named {row.get('name')!r}")
-                try:
-                    video.night, video.cars = int(row.get("night") or -1), int(row.get("cars") or -1)
-                    if video.night not in (-1, 0, 1) or not -1 <= video.cars <= 99:
-                        raise ValueError
-                except ValueError:
-                    raise UserError(f"{path}, line {line}: night is 0 or 1, cars a number from 0 to 99") from None
-                video.caption = row.get("caption") or video.caption
-
-    def _tell(self, text: str) -> None:
-        """Prints a note once."""
-        if text not in self.told:
-            self.told.add(text)
-            print(text, file=sys.stderr)
-
-    def usable(self, frames: int, fps: float, split: str) -> list[Video]:
-        """The videos of a split that can give such a clip; the others are named once."""
-        problems = [problem for video in self.videos if (problem := video.problem(frames, fps))]
-        if problems:
-            self._tell(
-                f"skipped {len(problems)} of {len(self.videos)} clips for {frames} frames at {fps:g} a second "
-                f"({(frames - 1) / fps:.3g} s): {', '.join(problems)}"
-            )
-        good = [video for video in self.videos if not video.problem(frames, fps)]
-        if not good:
-            raise UserError(
-                f"--data {self.folder}: no clip gives {frames} frames at {fps:g} a second; "
-                "use longer clips, or --final-fps with the rate they have"
-            )
-        chosen = [video for video in good if (video.path in self.held_out) == (split != "train")]
-        if not chosen:
-            self._tell(
-                f"note: too few clips of {frames} frames at {fps:g} a second to hold any out; "
-                "training and held-out clips are the same"
-            )
-        return chosen or good
-
-    def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
-        videos, windows, picked = self.usable(frames, fps, split), [], []
-        for i in range(count):
-            rng = rng_of(key, i, split)
-            video = videos[rng.integers(len(videos))]
-            slack = max(0.0, video.duration - (frames - 1) / fps)
-            wanted = video.times[0] + rng.uniform(0, slack) + np.arange(frames) / fps
-            windows.append(self._pixels(video, nearest(video.times, wanted)))
-            picked.append(video)
-        return Clips(
-            as_video(np.stack(windows)),
-            torch.tensor([v.night for v in picked]),
-            torch.tensor([v.cars for v in picked]),
-            torch.zeros(count, frames, MAX_CARS, 4),
-            [v.caption for v in picked],
-        )
-
-    def _pixels(self, video: Video, numbers: np.ndarray) -> np.ndarray:
-        """Frames by number, from memory if the video is there or fits."""
-        size = self.height * self.width * 3
-        if video.pixels is None:
-            kept = sum(v.pixels.nbytes for v in self.videos if v.pixels is not None)
-            if kept + size * len(video.times) > CACHE_BYTES:
-                return read_frames(video.path, numbers[0], numbers[-1], self.height, self.width)[numbers - numbers[0]]
-            video.pixels = read_frames(video.path, 0, len(video.times) - 1, self.height, self.width)
-        return video.pixels[numbers]
+        return zip(recording.times, (partial(Image.open, file) for file in frame_files(path)), strict=True)
+    return video_pictures(path, start) if path.suffix.lower() in VIDEOS else animation_pictures(path)
 
 
 def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Numbers of the frames shown nearest to the times wanted. By time stamp: 25 fps has no even stride to 10."""
-    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
-    return np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+    """Index of the time nearest to each wanted one, the earlier of two equally near ones."""
+    return np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6)
 
 
-def open_data(data: str, height: int, width: int, final_fps: float) -> DrivingScenes | VideoFolder:
-    """--data: "driving", or a folder of videos."""
-    if data == "driving":
-        return DrivingScenes(height, width, final_fps)
+def read(recording: Recording, indices: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames (t h w c, uint8) of the given increasing indices, scaled to fill the size and cropped at the centre."""
+    wanted, done = recording.times[indices], 0
+    result = np.empty((len(indices), height, width, 3), np.uint8)
     try:
-        return VideoFolder(Path(data), height, width, final_fps)
-    except UnidentifiedImageError as error:
-        raise UserError(f"--data {data}: {error}") from None
+        with contextlib.closing(pictures(recording, wanted[0])) if False else contextlib.nullcontext():
+            pass
+    except Exception as error:
+        raise error
+    return result

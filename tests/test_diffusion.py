@@ -63,7 +63,8 @@ def test_ddim_reaches_a_gaussian(parameterization: str, eta: float) -> None:
         return diffusion.target(clean, (x - alpha * clean) / sigma, tau)
 
     generator = torch.Generator().manual_seed(0)
-    x = diffusion.ddim(exact, torch.randn(20_000, 1, generator=generator), 200, eta, generator)
+    # ancestral steps narrow the distribution until they are small: 1000 of them for eta > 0
+    x = diffusion.ddim(exact, torch.randn(20_000, 1, generator=generator), 1000 if eta else 100, eta, generator)
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
     assert float(x.std()) == pytest.approx(s, abs=0.02)
 
@@ -87,4 +88,6 @@ def test_ddim_without_noise_follows_the_closed_form_exactly() -> None:
 
 def test_guidance_is_equation_4() -> None:
     free, told = torch.tensor([1.0]), torch.tensor([3.0])
-    assert float(guide(free, told, 0.0)) == 1 and float(guide(free, told, 1.0)) == 3 and float(guide(free, told, 2.0)) == 5
+    assert (
+        float(guide(free, told, 0.0)) == 1 and float(guide(free, told, 1.0)) == 3 and float(guide(free, told, 2.0)) == 5
+    )

@@ -42,7 +42,7 @@ def pair() -> tuple[UNet, UNet]:
 def video_call(video: UNet, given: dict, tau: torch.Tensor | None = None, frames: int | None = T) -> torch.Tensor:
     tau = torch.tensor([100, 700]) if tau is None else tau
     return video(given["x"], tau, given["context"], frames=frames, time_context=given["time_context"],
-                 known=given["known"])  # fmt: skip
+                 known=given["known"] if video.temporal.known_channels else None)  # fmt: skip
 
 
 def test_alpha_one_is_the_image_model_bit_for_bit() -> None:
@@ -95,7 +95,9 @@ def test_permuting_frames_permutes_spatial_layers_and_not_temporal_ones() -> Non
     given, order = inputs(), torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
     shuffled = given | {"x": given["x"][order], "known": given["known"][order]}
     with torch.no_grad():
-        torch.testing.assert_close(video_call(video, shuffled, frames=None), video_call(video, given, frames=None)[order])
+        torch.testing.assert_close(
+            video_call(video, shuffled, frames=None), video_call(video, given, frames=None)[order]
+        )
         assert not torch.allclose(video_call(video, shuffled), video_call(video, given)[order], atol=1e-3)
 
 
@@ -200,5 +202,3 @@ def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -
     assert all(p.requires_grad for p in video.decoder.parameters())
     lesson04.train_decoder(video, freeze_spatial=True)
     assert all(is_temporal(n) == p.requires_grad for n, p in video.named_parameters())
-
-

@@ -1,0 +1,83 @@
+"""Copies numbers and pictures of finished runs into docs/ and writes the README's table of numbers from them.
+
+python docs/collect.py runs/cpu-driving driving
+python docs/collect.py runs/cpu-256x128 real
+python docs/collect.py                           only rewrites the README from docs/numbers/*.json
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- numbers: written by docs/collect.py -->\n", "<!-- end of numbers -->"
+LIMIT = 300_000  # bytes of a picture
+TITLES = {"driving": "On the procedural scenes", "real": "On real dashcam clips"}
+
+
+def collect(out: Path, name: str) -> None:
+    numbers = {}
+    for path in sorted(out.glob("0*/numbers.json")):
+        environment = dict(line.split(" ", 1) for line in (path.parent / "env.txt").read_text().splitlines())
+        numbers[path.parent.name] = {"command": environment["command"], "numbers": json.loads(path.read_text())}
+    (DOCS / "numbers").mkdir(exist_ok=True)
+    (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
+        shown = picture.name in SHOWN.get(picture.parent.name, ()) and (name == "driving" or picture.name in GENERATED)
+        if shown and picture.stat().st_size > LIMIT:
+            print(f"left out, over {LIMIT} bytes: {picture}")
+        elif shown:
+            suffix = "" if name == "driving" else f"_{name}"
+            target = f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}"
+            shutil.copy(picture, DOCS / "figures" / target)
+
+
+SHOWN = {
+    "01_toy_alignment": ("figure.png", "animation.gif"),
+    "02_image_ldm": ("samples.png", "reconstructions.png"),
+    "03_temporal_layers": ("before_after.png", "after.gif", "alphas.png", "loss_per_level.png"),
+    "04_decoder_finetune": ("decoders.png", "time_slices.png"),
+    "05_prediction": ("futures.png", "futures.gif", "guidance.png"),
+    "06_interpolation": ("middle_frames.png", "two_passes.gif"),
+    "07_upsampler": ("upsampled.png",),
+    "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
+}
+# of real clips only what models made may be shown: these pictures hold no source frame
+GENERATED = (
+    "samples.png",
+    "before_after.png",
+    "after.gif",
+    "long.webp",
+    "contact_sheet.png",
+    "drift.png",
+    "alphas.png",
+)
+
+
+def render() -> str:
+    text = ""
+    for name, title in TITLES.items():
+        path = DOCS / "numbers" / f"{name}.json"
+        if not path.exists():
+            continue
+        text += f"\n### {title}\n"
+        for lesson, content in json.loads(path.read_text()).items():
+            text += f"\n**{lesson}** (`python {content['command']}`)\n\n| number | value | goal | |\n| --- | --- | --- | --- |\n"
+            for label, number in content["numbers"].items():
+                value = f"{number['value']:.4g} {number['unit']}".rstrip()
+                verdict = "" if not number["goal"] else "met" if number["met"] else "**missed**"
+                text += f"| {label} | {value} | {number['goal']} | {verdict} |\n"
+    return text + "\n"
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        collect(Path(argv[0]), argv[1])
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + render() + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""What the models are told: masks leak nothing, patches are the same in all frames, portions cover a video."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from common.data import Clips
+from tests.test_network import randomise
+
+lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
+lesson05, lesson06, lesson07 = (import_module(n) for n in ("05_prediction", "06_interpolation", "07_upsampler"))
+
+
+def smoke_image() -> object:
+    """The smoke image model with random weights."""
+    image = lesson02.ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
+    image.weights = randomise(image.unet()).state_dict()
+    return image
+
+
+def test_prediction_mask() -> None:
+    mask = lesson05.prediction_mask(torch.tensor([0, 1, 2]), 4)
+    assert mask.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert lesson06.interpolation_mask(2).tolist() == [[1, 0, 0, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("temporal", ["both", "conv", "attention"])
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
+    image = smoke_image()
+    config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, "smoke", temporal=temporal)
+    unet, t = randomise(lesson05.build(config, image)), config.frames
+    z = torch.randn(t, *image.shape, generator=torch.Generator().manual_seed(0))
+    mask = lesson05.prediction_mask(torch.tensor([known]), t)
+
+    def output(z: torch.Tensor) -> torch.Tensor:
+        c_S = lesson05.masked_context(z, mask)
+        context = image.conditioner(lesson02.conditions(1))
+        with torch.no_grad():
+            return lesson05.run_unet(unet, torch.zeros_like(z), torch.tensor([500]), context, c_S, t)
+
+    before, hidden, seen = output(z), z.clone(), z.clone()
+    hidden[known:] += 100.0
+    assert torch.equal(output(hidden), before)
+    if known:
+        seen[:known] += 1.0
+        assert not torch.allclose(output(seen), before)
+
+
+def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
+    image = smoke_image()
+    config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
+    old = randomise(image.unet(lesson03.TemporalOptions()), 3).state_dict()
+    unet = lesson05.build(config, image)
+    lesson03.grow(unet, {name: value for name, value in old.items() if lesson05.is_temporal(name)})
+    new = unet.state_dict()
+    name = "input_blocks.1.0.time_stack.in_layers.2.weight"
+    width = old[name].shape[1]
+    assert torch.equal(new[name][:, :width], old[name]) and not new[name][:, width:].any()
+    skip = new["input_blocks.1.0.time_stack.skip_connection.weight"][..., 0, 0, 0]
+    assert torch.equal(skip[:, :width], torch.eye(width)) and not skip[:, width:].any()
+    assert torch.equal(new["input_blocks.1.0.time_mixer.mix_factor"], old["input_blocks.1.0.time_mixer.mix_factor"])
+    tokens = new["input_blocks.1.0.time_stack.in_layers.0.weight"]
+    assert tokens[width:].eq(1).all()
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])
+def test_attention_only_has_as_many_trained_parameters(preset: str) -> None:
+    image = lesson02.ImageModel.planned(lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset))
+    counts = []
+    for temporal in ("both", "attention"):
+        config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset, temporal=temporal)
+        with torch.device("meta"):
+            counts.append(lesson05.count(image.unet(lesson05.temporal_options(config, image)), lesson05.is_temporal))
+    assert counts[1] == pytest.approx(counts[0], rel=0.05)
+
+
+def test_patches_are_cut_at_the_same_place_in_all_frames() -> None:
+    clip = torch.rand(1, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0)).expand(2, 5, 3, 64, 96)
+    cut = lesson07.patches(clip, 6, 4, torch.Generator().manual_seed(1))
+    assert cut.shape == (6, 5, 3, 16, 16)
+    assert torch.equal(cut, cut[:, :1].expand_as(cut))  # equal frames stay equal
+    assert not torch.equal(cut[0], cut[1])  # and each patch has its own place
+
+
+def test_small_frames_are_averages() -> None:
+    large = torch.rand(2, 3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    small = lesson07.shrink(large)
+    assert small.shape == (2, 3, 3, 2, 3)
+    torch.testing.assert_close(small[1, 2, 0, 1, 1], large[1, 2, 0, 4:8, 4:8].mean())
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 12, 13, 17])
+def test_portions_are_full_and_cover_every_frame_once(length: int) -> None:
+    given = []
+    for part, new in lesson04.in_portions(torch.arange(length), 6):
+        assert len(part) == min(6, length)  # the last one overlaps backwards
+        given += part[-new:].tolist()
+    assert given == list(range(length))
+
+
+@pytest.mark.parametrize(("keys", "frames"), [(8, 29), (29, 113), (2, 5)])
+def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: int, frames: int) -> None:
+    class Guess(torch.nn.Module):
+        def forward(self, z_tau, tau, context, c_S, stage):
+            return torch.zeros_like(z_tau)
+
+    image, run = smoke_image(), FakeRun()
+    config = lesson06.preset_config(lesson06.Config, lesson06.PRESETS, "smoke")
+    z = torch.randn(keys, *image.shape, generator=torch.Generator().manual_seed(0))
+    out = lesson06.interpolate(Guess(), image, z, 0, lesson02.conditions(1), config, run, windows=3)
+    assert len(out) == frames and torch.equal(out[::4], z)
+
+
+class FakeRun:
+    """Enough of a Run to sample with."""
+
+    device = torch.device("cpu")
+
+    def generator(self, *key: object) -> torch.Generator:
+        return torch.Generator().manual_seed(len(key))
+
+    def noise(self, shape: tuple[int, ...], *key: object) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=self.generator(*key))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+
+def test_conditions_and_dropping() -> None:
+    conditioner = randomise(lesson02.Conditioner("labels", 8, 1))
+    clips = lesson02.conditions(2, night=1, cars=3)
+    told, dropped = conditioner(clips), conditioner(clips, torch.tensor([True, False]))
+    assert told.shape == (2, 1, 8) and torch.equal(told[1], dropped[1])
+    assert torch.equal(dropped[0], conditioner(lesson02.conditions(1))[0])  # dropped is the same as unknown
+    boxes = randomise(lesson02.Conditioner("boxes", 8, 1))
+    some = boxes(lesson02.conditions(1, boxes=[[0.1, 0.2, 0.3, 0.4]]))
+    assert not torch.allclose(some, boxes(lesson02.conditions(1, boxes=[[0.5, 0.2, 0.7, 0.4]])))
+    text = randomise(lesson02.Conditioner("text", 8, 1))
+    assert not torch.allclose(
+        text(lesson02.conditions(1, caption="a red car")), text(lesson02.conditions(1, caption="a"))
+    )
+
+
+def test_rows_repeats_labels() -> None:
+    clips = Clips(
+        torch.zeros(2, 1, 3, 1, 1), torch.tensor([0, 1]), torch.tensor([3, 4]), torch.zeros(2, 1, 8, 4), ["a", "b"]
+    )
+    rows = lesson05.rows(clips, 2)
+    assert rows.night.tolist() == [0, 0, 1, 1] and rows.captions == ["a", "a", "b", "b"]

@@ -1,0 +1,199 @@
+"""Every script as a user starts it: at the smoke preset, dry for every preset, resumed, and with bad input."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.training import UserError
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))
+TRAINED = [name for name in SCRIPTS if name != "08_sample_long"]
+
+
+def start(name: str, *flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"{name}.py", "--threads", "2", *map(str, flags)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All eight lessons at the smoke preset, in order."""
+    out = tmp_path_factory.mktemp("course")
+    for name in SCRIPTS:
+        done = start(name, "--preset", "smoke", "--out", out)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Warning" not in done.stderr, done.stderr
+    return out
+
+
+def test_there_are_eight() -> None:
+    assert len(SCRIPTS) == 8
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_smoke_writes_what_the_contract_says(course: Path, name: str) -> None:
+    folder = course / name
+    assert json.loads((folder / "config.json").read_text())["preset"] == "smoke"
+    assert "torch" in (folder / "env.txt").read_text()
+    assert json.loads((folder / "numbers.json").read_text())
+    assert list(folder.glob("*.png")) and not list(folder.glob("*.part"))
+    if name in TRAINED:
+        content = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert content["script"] == name and content["step"] > 0
+        assert (folder / "metrics.csv").read_text().startswith("step,")
+
+
+def test_lesson_8_writes_a_video_of_the_length_asked_for(course: Path) -> None:
+    with Image.open(course / "08_sample_long" / "long.webp") as video:
+        assert video.n_frames == 30 and video.size == (128, 64)  # one second, four times 32 x 16
+    assert len((course / "08_sample_long" / "drift.csv").read_text().splitlines()) == 31
+
+
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "paper", "biking"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dry_run_prints_rows_and_writes_nothing(
+    name: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import_module(name).main(["--preset", preset, "--dry-run", "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(": " in line for line in lines) and any("parameters: " in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def rows_of(name: str, capsys: pytest.CaptureFixture, *flags: str) -> dict[str, str]:
+    import_module(name).main(["--preset", "paper", "--dry-run", *flags])
+    return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_paper_preset_is_table_6(capsys: pytest.CaptureFixture) -> None:
+    image = rows_of("02_image_ldm", capsys)
+    assert image["latents"] == "(640, 4, 16, 32)" and image["channels"] == "224" and image["regularizer"] == "vq"
+    prediction = rows_of("05_prediction", capsys)
+    assert prediction["c_S"] == "(360, 10, 5, 16, 32)" and prediction["known_features"] == "128"
+    assert prediction["ddim_steps"] == "200" and prediction["eta"] == "1.0" and prediction["guidance"] == "2.0"
+    interpolation = rows_of("06_interpolation", capsys)
+    assert interpolation["clips"] == "(384, 5, 4, 16, 32)" and interpolation["stage token"] == "(384, 1, 512)"
+    assert interpolation["eta"] == "0.0" and interpolation["ddim_steps"] == "50"
+    upsampler = rows_of("07_upsampler", capsys)
+    assert upsampler["large frames"] == "(8, 3, 512, 1024)" and upsampler["image_lr"] == "1e-05"
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith(("01", "02"))])
+def test_resume_gives_the_same_weights(course: Path, name: str, tmp_path: Path) -> None:
+    """--steps 2 and then --steps 4 --resume equal --steps 4."""
+    weights = []
+    for run, flags in (("once", [["--steps", "4"]]), ("twice", [["--steps", "2"], ["--steps", "4", "--resume"]])):
+        out = tmp_path / run
+        out.mkdir()
+        for part in ("02_image_ldm", "03_temporal_layers"):
+            if part != name:
+                (out / part).symlink_to(course / part)
+        for more in flags:
+            import_module(name).main(["--preset", "smoke", "--out", str(out), "--overwrite", *more])
+        weights.append(torch.load(out / name / "checkpoint.pt", weights_only=True))
+    part = next(key for key in ("model", "autoencoder") if key in weights[0])
+    assert weights[0][part].keys() == weights[1][part].keys() and weights[0]["step"] == weights[1]["step"] == 4
+    for key, value in weights[0][part].items():
+        assert torch.equal(value, weights[1][part][key]), key
+
+
+def test_spatial_weights_did_not_move(course: Path) -> None:
+    numbers = json.loads((course / "03_temporal_layers" / "numbers.json").read_text())
+    assert numbers["spatial weights changed"]["value"] == 0
+    content = torch.load(course / "03_temporal_layers" / "checkpoint.pt", weights_only=True)
+    assert all("time_" in key for key in content["model"])  # and nothing spatial is kept twice
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("03_temporal_layers", [], "make it with: python 02_image_ldm.py --preset smoke"),
+        ("05_prediction", ["--context-shares", "1", "2"], "three numbers"),
+        ("02_image_ldm", ["--data", "no/such/folder"], "no such folder"),
+        ("02_image_ldm", ["--height", "18"], "not divisible"),
+        ("02_image_ldm", ["--preset", "huge"], "smoke, cpu"),
+        ("02_image_ldm", ["--device", "abacus"], "--device abacus"),
+        ("02_image_ldm", ["--precision", "float8"], "float32 or bfloat16"),
+        ("02_image_ldm", ["--sample-boxes", "no.json", "--condition", "boxes"], "no.json"),
+        ("08_sample_long", ["--first-frame", "no.png"], "no.png"),
+        ("08_sample_long", ["--passes", "3"], "0, 1 or 2"),
+    ],
+)
+def test_bad_input_is_one_line(name: str, flags: list[str], says: str, tmp_path: Path) -> None:
+    preset = [] if "--preset" in flags else ["--preset", "smoke"]
+    with pytest.raises(UserError) as error:
+        import_module(name).main([*preset, "--out", str(tmp_path), *flags])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_errors_end_in_exit_code_2_without_traceback(tmp_path: Path) -> None:
+    done = start("03_temporal_layers", "--preset", "smoke", "--out", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    assert start("02_image_ldm", "--no-such-flag").returncode == 2
+
+
+def test_a_broken_checkpoint_and_a_mismatched_one(course: Path, tmp_path: Path) -> None:
+    lesson03 = import_module("03_temporal_layers")
+    folder = tmp_path / "02_image_ldm"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes((course / "02_image_ldm" / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        lesson03.main(["--preset", "smoke", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="another configuration"):
+        lesson03.main(["--preset", "smoke", "--out", str(course), "--lr", "5"])
+    with pytest.raises(UserError, match="data driving"):
+        lesson03.main(["--preset", "smoke", "--out", str(course), "--data", str(tmp_path), "--overwrite"])
+
+
+def test_a_folder_of_videos_trains(tmp_path: Path) -> None:
+    """Two lessons on little gifs: clips are read, latents are trained."""
+    data = tmp_path / "clips"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        frames = [Image.fromarray(rng.integers(0, 255, (20, 44, 3), dtype=np.uint8)) for _ in range(24)]
+        frames[0].save(data / f"{i}.gif", save_all=True, append_images=frames[1:], duration=100)
+    flags = ["--preset", "smoke", "--data", str(data), "--final-fps", "10", "--out", str(tmp_path / "out")]
+    import_module("02_image_ldm").main(flags)
+    with pytest.raises(UserError, match="--final-fps"):  # 4 frames at 10 / 16 a second need 4.8 s, the clips have 2.4
+        import_module("03_temporal_layers").main(flags)
+    import_module("04_decoder_finetune").main(flags)
+
+
+def test_image_variants(course: Path) -> None:
+    """Boxes share the autoencoder; the file of boxes makes a first frame, which continues in two futures."""
+    lesson02, boxes = import_module("02_image_ldm"), course / "boxes.json"
+    flags = ["--preset", "smoke", "--out", str(course)]
+    lesson02.main([*flags, "--condition", "boxes"])
+    assert not (course / "02_image_ldm-boxes" / "autoencoder.pt").exists()
+    boxes.write_text("[[0.4, 0.5, 0.6, 0.8]]")
+    lesson02.main([*flags, "--sample-boxes", str(boxes)])
+    frame = course / "02_image_ldm-boxes" / "from_boxes.png"
+    import_module("08_sample_long").main(
+        [*flags, "--first-frame", str(frame), "--futures", "2", "--no-upsampler", "--seconds", "0.5", "--overwrite"]
+    )
+    folder = course / "08_sample_long"
+    assert (folder / "long-0.webp").read_bytes() != (folder / "long-1.webp").read_bytes()
+    boxes.write_text("[[0.4, 0.5, 0.3, 0.8]]")
+    with pytest.raises(UserError, match="want a list"):
+        lesson02.main([*flags, "--sample-boxes", str(boxes)])
+
+
+@pytest.mark.parametrize("flags", [["--temporal", "attention"], ["--temporal", "conv"], ["--end-to-end"]])
+def test_prediction_ablations(course: Path, flags: list[str]) -> None:
+    import_module("05_prediction").main(["--preset", "smoke", "--out", str(course), *flags])
+    assert (course / f"05_prediction-{flags[-1].removeprefix('--')}" / "checkpoint.pt").exists()
+
+
+def test_pixel_baseline(course: Path) -> None:
+    for name in ("02_image_ldm", "05_prediction"):
+        import_module(name).main(["--preset", "smoke", "--out", str(course), "--pixel"])
+        assert (course / f"{name}-pixel" / "checkpoint.pt").exists()
