@@ -20,20 +20,18 @@ The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the
 
 import json
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
-from common.autoencoder import Autoencoder, ResnetBlock
-from common.blocks import TemporalOptions, sinusoids
+from common.autoencoder import Autoencoder
 from common.data import Clips, open_data
-from common.diffusion import Diffusion, guide
+from common.diffusion import guide
+from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions
 from common.measures import box_mask, psnr
 from common.pictures import plot_metrics, sheet
 from common.scenes import MAX_CARS
@@ -48,6 +46,7 @@ from common.training import (
     cli,
     clip_and_warm_up,
     command,
+    config_of,
     dry_run,
     load_checkpoint,
     load_part,
@@ -78,12 +77,12 @@ class Config(BaseConfig):
     latent_channels: int = 4  # channels of z
     regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
     codes: int = 16384  # codebook size for vq
-    ae_steps: int = 2300  # training steps of the autoencoder
+    ae_steps: int = 3000  # training steps of the autoencoder
     ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
     ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
     square_weight: float = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
     kl_weight: float = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
-    gan_start: int = 1500  # step at which the discriminator joins; tiny models blow up when it comes early
+    gan_start: int = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
     gan_weight: float = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
     # the U-Net (Table 6)
     channels: int = 64  # base width
@@ -99,7 +98,7 @@ class Config(BaseConfig):
     beta_start: float = 0.0015  # first beta
     beta_end: float = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: int = 1500  # training steps of the U-Net
+    steps: int = 2000  # training steps of the U-Net
     batch: int = 16  # frames per step
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
@@ -222,169 +221,35 @@ def presets(pixel: bool) -> dict[str, dict]:
     return {name: p | (PIXEL | PIXEL_NETWORK[name] if pixel else {}) for name, p in PRESETS.items()}
 
 
-# %% The condition: labels, boxes or words to tokens
+# %% What this lesson makes and the later ones freeze
 
 
-class Conditioner(nn.Module):
-    """Clips to cross-attention tokens, b n d. `drop` (b, bool) replaces a condition by "unknown".
-
-    labels: one token, the sum of an embedding of night and one of the number of cars (App. F: sequence length 1);
-    boxes: one token a car, coordinates embedded and fused by a transformer (App. H.1); text: one token a word.
-    """
-
-    WORDS, LENGTH = 2048, 16
-
-    def __init__(self, kind: str, dim: int, layers: int) -> None:
-        super().__init__()
-        self.kind = kind
-        if kind == "labels":
-            self.night, self.cars = nn.Embedding(3, dim), nn.Embedding(MAX_CARS + 2, dim)  # the last: unknown
-        elif kind in ("boxes", "text"):
-            self.unknown = nn.Parameter(torch.zeros(dim))
-            self.embed = nn.Linear(4 * 32, dim) if kind == "boxes" else nn.Embedding(self.WORDS + 1, dim)
-            self.position = nn.Parameter(torch.zeros(self.LENGTH if kind == "text" else MAX_CARS, dim))
-            layer = nn.TransformerEncoderLayer(
-                dim, max(1, dim // 32), 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
-            self.fuse = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-
-    def forward(self, clips: Clips, drop: torch.Tensor | None = None) -> torch.Tensor | None:
-        if self.kind == "none":
-            return None
-        device = next(self.parameters()).device
-        drop = torch.zeros(len(clips.night), dtype=torch.bool) if drop is None else drop
-        if self.kind == "labels":
-            night = torch.where(drop | (clips.night < 0), 2, clips.night)
-            cars = torch.where(drop | (clips.cars < 0), MAX_CARS + 1, clips.cars.clamp(max=MAX_CARS))
-            return (self.night(night.to(device)) + self.cars(cars.to(device)))[:, None]  # b 1 d
-        if self.kind == "boxes":
-            boxes = clips.boxes[:, 0].to(device)  # b n 4, of the first frame
-            tokens = self.embed(
-                rearrange(sinusoids(1000 * boxes.flatten(), 32), "(b n k) c -> b n (k c)", b=len(boxes), k=4)
-            )
-        else:
-            tokens = self.embed(torch.stack([self.words(caption) for caption in clips.captions]).to(device))
-        tokens = self.fuse(tokens + self.position)
-        return torch.where(drop.to(device)[:, None, None], self.unknown.to(tokens.dtype), tokens)
-
-    @classmethod
-    def words(cls, caption: str) -> torch.Tensor:
-        """Word numbers by a hash, so that no vocabulary has to be kept; 0 fills up."""
-        words = [1 + zlib.crc32(word.encode()) % cls.WORDS for word in caption.lower().split()][: cls.LENGTH]
-        return torch.tensor(words + [0] * (cls.LENGTH - len(words)))
+def planned(config: BaseConfig, pixel: bool = False) -> ImageModel:
+    """The model a preset would have, without weights, on the meta device: for --dry-run."""
+    with torch.device("meta"):
+        image = preset_config(Config, presets(pixel), config.preset, data=config.data, pixel=pixel)
+        return ImageModel(image, "meta")
 
 
-# %% The model: what this lesson makes and the later ones freeze
-
-
-def build_autoencoder(config: Config, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
-    return Autoencoder(
-        config.ae_channels,
-        config.ae_multipliers,
-        config.ae_depth,
-        config.latent_channels,
-        config.regularizer,
-        config.codes,
-        config.ae_attention,
-        block,
-    )
-
-
-class ImageModel:
-    """The image LDM as later lessons see it: configuration, autoencoder, conditioner, diffusion, spatial weights."""
-
-    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
-        self.config, self.device = config, device
-        self.autoencoder = None if config.pixel else channels_last(build_autoencoder(config)).to(device)
-        self.conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(device)
-        self.diffusion = Diffusion(config.schedule, config.beta_start, config.beta_end, config.parameterization, device)
-        self.weights: dict[str, torch.Tensor] = {}
-        factor = 1 if config.pixel else self.autoencoder.factor
-        if config.height % factor or config.width % factor:
-            raise UserError(f"--height {config.height} --width {config.width}: not divisible by f = {factor}")
-        channels = 3 if config.pixel else config.latent_channels
-        self.shape = (channels, config.height // factor, config.width // factor)
-        if self.shape[1] % 2 ** (len(config.multipliers) - 1) or self.shape[2] % 2 ** (len(config.multipliers) - 1):
-            raise UserError(
-                f"latents of {self.shape[1]} x {self.shape[2]} cannot be halved "
-                f"{len(config.multipliers) - 1} times; change --height, --width or --multipliers"
-            )
-
-    def unet(self, temporal: TemporalOptions | None = None):
-        """The U-Net with this model's spatial weights, and with temporal layers where asked for."""
-        from common.unet import UNet
-
-        c = self.config
-        unet = UNet(
-            self.shape[0],
-            self.shape[0],
-            c.channels,
-            c.multipliers,
-            c.depth,
-            c.attention,
-            c.heads,
-            c.head_channels,
-            c.context_dim if c.condition != "none" else 0,
-            temporal=temporal,
-        )
-        if self.weights:
-            unet.load_state_dict(self.weights, strict=temporal is None)
-        return channels_last(unet).to(self.device)
-
-    def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Frames `b t 3 H W` to latents `(b t) c h w`; pixels stay pixels for the pixel baseline."""
-        frames = rearrange(video, "b t c h w -> (b t) c h w").to(self.device)
-        if self.config.pixel:
-            return frames
-        with torch.no_grad():
-            return self.autoencoder.encode(frames.contiguous(memory_format=torch.channels_last)).float()
-
-    def decode(self, z: torch.Tensor, frames: int = 1, chunk: int = 32) -> torch.Tensor:
-        """Latents `(b t) c h w` to frames `b t 3 H W`, on the CPU, a chunk at a time."""
-        if not self.config.pixel:
-            with torch.no_grad():
-                z = torch.cat([self.autoencoder.decode(part).cpu() for part in z.split(chunk)])
-        return rearrange(z.float().cpu().clamp(-1, 1), "(b t) c h w -> b t c h w", t=frames)
-
-    @property
-    def lineage(self) -> dict:
-        """What must agree between this model and everything built on it."""
-        data = self.config.data if self.config.data == "driving" else Path(self.config.data).resolve().name
-        scale = 1.0 if self.config.pixel else float(self.autoencoder.scale)
-        return {"data": data, "height": self.config.height, "width": self.config.width, "latent_scale": scale}
-
-    @classmethod
-    def planned(cls, config: BaseConfig, pixel: bool = False) -> "ImageModel":
-        """The model a preset would have, without weights, on the meta device: for --dry-run."""
-        with torch.device("meta"):
-            return cls(preset_config(Config, presets(pixel), config.preset, data=config.data, pixel=pixel), "meta")
-
-    @classmethod
-    def load(cls, run: Run, variant: str = "") -> "ImageModel":
-        """The trained model (averaged weights) from OUT, with `config` and `lineage` checked against this run."""
-        name = f"{NAME}-{variant}" if variant else NAME
-        flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
-        remedy = command(NAME, run.config, *flags)
-        path = run.config.folder() / name / "checkpoint.pt"
-        content = load_checkpoint(path, remedy)
-        model = cls(
-            Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}), run.device
-        )
-        mine = run.config.data if run.config.data == "driving" else Path(run.config.data).resolve().name
-        check_lineage({"lineage": content["lineage"]}, {"data": mine}, path, remedy)
-        if model.autoencoder is not None:
-            load_autoencoder(run, model.autoencoder, command(NAME, run.config))
-            model.autoencoder.requires_grad_(False).eval()
-        check_lineage(content, model.lineage, path, remedy)
-        shadow = content["ema"]["shadow"]
-        model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
-        load_part(
-            model.conditioner,
-            {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")},
-            path,
-        )
-        model.conditioner.requires_grad_(False)
-        return model
+def load(run: Run, variant: str = "") -> ImageModel:
+    """The trained model (averaged weights) from OUT, checked against this run and against its autoencoder."""
+    name = f"{NAME}-{variant}" if variant else NAME
+    flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
+    remedy = command(NAME, run.config, *flags)
+    path = run.config.folder() / name / "checkpoint.pt"
+    content = load_checkpoint(path, remedy)
+    model = ImageModel(config_of(Config, content), run.device)
+    check_lineage({"lineage": content["lineage"]}, {"data": run.config.data_name()}, path, remedy)
+    if model.autoencoder is not None:
+        load_autoencoder(run, model.autoencoder, command(NAME, run.config))
+        model.autoencoder.requires_grad_(False).eval()
+    check_lineage(content, model.lineage, path, remedy)
+    shadow = content["ema"]["shadow"]
+    model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
+    conditioner = {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")}
+    load_part(model.conditioner, conditioner, path)
+    model.conditioner.requires_grad_(False)
+    return model
 
 
 def load_autoencoder(run: Run, autoencoder: Autoencoder, remedy: str) -> None:
@@ -546,20 +411,6 @@ def sample_images(
     noise = run.noise((count, *image.shape), "sample", *key)
     return image.diffusion.ddim(
         predict, noise, steps, eta, run.generator("ddim", *key), clamp=1.0 if image.config.pixel else None, label=label
-    )
-
-
-def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", boxes: list | None = None) -> Clips:
-    """Rows of conditions with no video: what to ask a model for."""
-    slots = torch.zeros(count, 1, MAX_CARS, 4)
-    if boxes:
-        slots[:, 0, : len(boxes)] = torch.tensor(boxes, dtype=torch.float32)
-    return Clips(
-        torch.zeros(count, 1, 3, 0, 0),
-        torch.full((count,), night),
-        torch.full((count,), cars),
-        slots,
-        [caption] * count,
     )
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
 from common.diffusion import guide
+from common.image_model import conditions
 from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
@@ -254,7 +255,7 @@ def plot_alphas(run: Run, names: list[str], history: list[list[float]]) -> None:
 def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA, history: list) -> None:
     fps = config.final_fps / 16
     real = source.clips((config.seed, lesson02.HELD_OUT), 4 * config.samples, config.frames, fps, "held-out")
-    unconditional = lesson02.conditions(config.samples)
+    unconditional = conditions(config.samples)
     plot_alphas(run, list(unet.alphas()), history)
     with ema.applied():
         now = unet.state_dict()
@@ -290,7 +291,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA,
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.ImageModel.planned(config)
+        image = lesson02.planned(config)
         with torch.device("meta"):
             unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames))
         unet.train_temporal_only()
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
             },
         )
     run = Run(NAME, config)
-    image = lesson02.ImageModel.load(run)
+    image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     unet, ema, history = train(run, config, source, image)
     evaluate(run, config, source, image, unet, ema, history)

@@ -28,6 +28,7 @@ from torch import nn
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
 from common.data import DrivingScenes, open_data
+from common.image_model import build_autoencoder
 from common.measures import box_mask, flicker, psnr
 from common.pictures import animation, plot_metrics, sheet
 from common.scenes import MAX_CARS
@@ -139,7 +140,7 @@ def set_frames(autoencoder: Autoencoder, frames: int | None) -> None:
 def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
     """The image model's autoencoder with temporal layers in its decoder: equal to it at the start."""
     block = type("VideoResnetBlock", (VideoResnetBlock,), {"kernel": kernel})
-    autoencoder = lesson02.build_autoencoder(image.config, block)
+    autoencoder = build_autoencoder(image.config, block)
     missing, _ = autoencoder.load_state_dict(image.autoencoder.state_dict(), strict=False)
     assert all(is_temporal(name) for name in missing), missing
     autoencoder.scale.copy_(image.autoencoder.scale)
@@ -384,7 +385,7 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.ImageModel.planned(config)
+        image = lesson02.planned(config)
         with torch.device("meta"):
             autoencoder = video_autoencoder(image, config.kernel)
             critic = VideoDiscriminator()
@@ -396,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
             {"clips": video, "latents": (config.batch, config.frames, *image.shape)},
         )
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
-    image = lesson02.ImageModel.load(run)
+    image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     features = load_lpips(config.lpips, run.device) if config.lpips else train_features(run, config, image)
     autoencoder = train(run, config, source, image, features)

@@ -27,6 +27,7 @@ from torch import nn
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
 from common.diffusion import guide
+from common.image_model import ImageModel
 from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
@@ -39,6 +40,7 @@ from common.training import (
     cli,
     clip_and_warm_up,
     command,
+    config_of,
     count,
     dry_run,
     is_temporal,
@@ -130,7 +132,7 @@ def matching_ff_mult(config: Config, image) -> float:
 
     def trained(**options) -> int:
         with torch.device("meta"):
-            return count(lesson02.ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
+            return count(ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
 
     goal = trained(
         alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1, known_features=config.known_features
@@ -180,7 +182,7 @@ def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
     remedy = command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()})
+    config = config_of(Config, content)
     unet = build(config, image)
     unet.load_state_dict(content["ema"]["shadow"], strict=False)
     return unet.requires_grad_(False).eval(), config
@@ -364,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(config.context_shares) != 3 or min(config.context_shares) < 0 or sum(config.context_shares) <= 0:
         raise UserError("--context-shares wants three numbers, not negative: the shares of S = 0, 1 and 2")
     if config.dry_run:
-        image = lesson02.ImageModel.planned(config, config.pixel)
+        image = lesson02.planned(config, config.pixel)
         with torch.device("meta"):
             unet = build(config, image)
         return dry_run(
@@ -376,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
             },
         )
     run = Run(NAME, config, variant_of(config))
-    image = lesson02.ImageModel.load(run, "pixel" if config.pixel else "")
+    image = lesson02.load(run, "pixel" if config.pixel else "")
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     unet, ema = train(run, config, source, image)
     evaluate(run, config, source, image, unet, ema)

@@ -35,6 +35,7 @@ from common.training import (
     cli,
     clip_and_warm_up,
     command,
+    config_of,
     dry_run,
     load_checkpoint,
     parse,
@@ -122,7 +123,7 @@ def load(run: Run, image) -> tuple[nn.Module, Config]:
     path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
-    config = Config(**content["config"])
+    config = config_of(Config, content)
     model = Interpolator(config, image).to(run.device)
     model.load_state_dict(content["ema"]["shadow"], strict=False)
     return model.requires_grad_(False).eval(), config
@@ -300,7 +301,7 @@ def two_passes(run: Run, config: Config, source, image, model: nn.Module) -> Non
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.ImageModel.planned(config)
+        image = lesson02.planned(config)
         with torch.device("meta"):
             model = Interpolator(config, image)
         return dry_run(
@@ -313,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
             },
         )
     run = Run(NAME, config)
-    image = lesson02.ImageModel.load(run)
+    image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     model, ema = train(run, config, source, image)
     evaluate(run, config, source, image, model, ema)

@@ -40,6 +40,7 @@ from common.training import (
     cli,
     clip_and_warm_up,
     command,
+    config_of,
     dry_run,
     is_temporal,
     load_checkpoint,
@@ -230,7 +231,7 @@ def load(run: Run, image) -> tuple[nn.Module, Config]:
     folder, remedy = run.config.folder() / NAME, command(NAME, run.config)
     contents = [load_checkpoint(folder / name, remedy) for name in ("image.pt", "checkpoint.pt")]
     check_lineage(contents[1], size_lineage(image), folder / "checkpoint.pt", remedy)
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in contents[1]["config"].items()})
+    config = config_of(Config, contents[1])
     model = Upsampler(config).to(run.device)
     for content in contents:
         model.load_state_dict(content["ema"]["shadow"], strict=False)
@@ -373,7 +374,7 @@ def evaluate(run: Run, config: Config, source, model: Upsampler) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.ImageModel.planned(config)
+        image = lesson02.planned(config)
         with torch.device("meta"):
             model = Upsampler(config)
         model.requires_grad_(False)
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
             },
         )
     run = Run(NAME, config)
-    image = lesson02.ImageModel.load(run)
+    image = lesson02.load(run)
     if config.patch > min(image.config.height, image.config.width):
         raise UserError(f"--patch {config.patch}: larger than the frames, {image.config.height} x {image.config.width}")
     source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps)

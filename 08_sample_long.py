@@ -30,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.data import Clips, open_data
+from common.image_model import conditions
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
 from common.training import BaseConfig, Run, UserError, cli, count, parse
@@ -244,7 +245,7 @@ def show_plan(config: Config) -> None:
     """--dry-run: parameters of every stage and the shapes at their borders."""
     from common.training import dry_run, preset_config
 
-    image = lesson02.ImageModel.planned(config)
+    image = lesson02.planned(config)
     lessons = (lesson04, lesson05, lesson06, lesson07)
     options = {lesson: preset_config(lesson.Config, lesson.PRESETS, config.preset) for lesson in lessons}
     with torch.device("meta"):
@@ -280,8 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
     run = Run(NAME, config)
-    image = lesson02.ImageModel.load(run)
-    labels = lesson02.conditions(1, config.night, config.cars)
+    image = lesson02.load(run)
+    labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)
     first = first_latent(run, config, image, labels)
     size = lesson07.SCALE if config.upsampler else 1

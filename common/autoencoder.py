@@ -13,15 +13,17 @@ from torch import nn
 
 from common.blocks import group_norm, zero
 
+WIDE = 128  # channels from which on there are 32 groups: Stable Diffusion's autoencoder is that narrow
+
 
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, plus skip: b c h w -> b c' h w."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels, 1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(channels, 1e-6, WIDE), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2, self.conv2 = (
-            group_norm(out_channels, 1e-6),
+            group_norm(out_channels, 1e-6, WIDE),
             zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         if channels != out_channels:
@@ -37,7 +39,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, 1e-6)
+        self.norm = group_norm(channels, 1e-6, WIDE)
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -112,7 +114,7 @@ class Encoder(nn.Module):
                 self.down[level].downsample = Downsample(out)
             width = out
         self.mid = Middle(width, ResnetBlock)
-        self.norm_out, self.conv_out = group_norm(width, 1e-6), nn.Conv2d(width, z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(width, 1e-6, WIDE), nn.Conv2d(width, z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
@@ -144,7 +146,7 @@ class Decoder(nn.Module):
                 levels[0].upsample = Upsample(out)
             width = out
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = group_norm(width, 1e-6), nn.Conv2d(width, 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(width, 1e-6, WIDE), nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.mid(self.conv_in(z))

@@ -21,9 +21,13 @@ from einops import rearrange, repeat
 from torch import nn
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """32 groups as in Stable Diffusion, fewer below 128 channels: one channel a group would erase its mean."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+def group_norm(channels: int, eps: float = 1e-5, wide: int = 224) -> nn.GroupNorm:
+    """32 groups from `wide` channels on, as in Stable Diffusion; groups of 16 channels below.
+
+    Narrow groups would erase what few channels say (at 32 channels each its mean), and CPUs handle groups of 16 channels
+    in bfloat16 several times faster than groups of 4 in channels-last memory.
+    """
+    return nn.GroupNorm(math.gcd(32 if channels >= wide else max(1, channels // 16), channels), channels, eps=eps)
 
 
 def zero(module: nn.Module) -> nn.Module:

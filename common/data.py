@@ -3,23 +3,23 @@
     source = open_data("driving", height=64, width=128, final_fps=30.0)
     clips = source.clips(key=(seed, step), count=8, frames=8, fps=30 / 16)     # clips.video: 8 8 3 64 128
 
-A request says how many frames at which rate; the rates of this project are final_fps, a quarter and a sixteenth of it.
-The answer depends on the key alone, never on what was asked before, so a resumed run sees the clips it would have seen.
+A request says how many frames at which rate: final_fps, a quarter or a sixteenth of it in this project. The
+answer depends on the key alone, never on what was asked before, so a resumed run sees the same clips.
 
-A folder holds clips in any mixture of: mp4, mov, avi, mkv, webm (read by PyAV); animated gif, webp, png (Pillow);
-sub-folders of numbered png or jpg frames, whose rate is final_fps or the number in the sub-folder's fps.txt. Frames are
-picked by time stamp, not by stride: 25 frames a second have no even stride to 10, and phones record at uneven rates.
-Beside the clips may stand labels.csv (name, night, cars, caption), and CLIP.txt with the caption of CLIP.mp4.
+A folder holds clips in any mixture of: mp4, mov, avi, mkv, webm (read by PyAV); animated gif, webp, png
+(Pillow); sub-folders of numbered png or jpg frames, at final_fps or at the rate in the sub-folder's fps.txt.
+Frames are picked by time stamp, not by stride: 25 frames a second have no even stride to 10, and phones
+record unevenly. Beside the clips may stand labels.csv (name, night, cars, caption), and CLIP.txt with the
+caption of CLIP.mp4.
 """
 
-import contextlib
 import csv
+import functools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ SPLITS = ("train", "held-out")
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 ANIMATIONS = (".gif", ".webp", ".apng", ".png")
 PICTURES = (".png", ".jpg", ".jpeg")
-LOOKED_FOR = "*.mp4, mov, avi, mkv, webm; animated *.gif, webp, apng, png; sub-folders of numbered png or jpg frames"
+LOOKED_FOR = "mp4, mov, avi, mkv, webm; animated gif, webp, apng, png; sub-folders of png or jpg frames"
 MEMORY = 2 * 2**30  # bytes of decoded frames to keep; clips beyond it are decoded again each time
 
 
@@ -49,27 +49,34 @@ class Clips:
     captions: list[str]  # "" where unknown
 
 
-def keyed(key: Sequence[int], i: int, split: str, stream: int = 0) -> np.random.Generator:
-    """The random numbers of clip i: the same for the same arguments, unrelated for any others."""
-    words = [*key, i, SPLITS.index(split)]
-    return np.random.default_rng(np.random.SeedSequence(words, spawn_key=(stream,)))
+def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:
+    """The random numbers of clip i, other ones than those that draw its Scene."""
+    return np.random.default_rng(np.random.SeedSequence([*key, i, SPLITS.index(split)], spawn_key=(1,)))
 
 
-def batch(frames: list[np.ndarray], night: list[int], cars: list[int], boxes: np.ndarray, captions: list[str]) -> Clips:
-    """Clips from a list of (t h w c, uint8) and the labels, one entry a clip; boxes: b t MAX_CARS 4."""
-    video = rearrange(torch.from_numpy(np.stack(frames)), "b t h w c -> b t c h w").contiguous()
-    return Clips(video.float() / 127.5 - 1, torch.tensor(night), torch.tensor(cars), torch.from_numpy(boxes), captions)
+def batch(frames: list[np.ndarray], night: list, cars: list, boxes: np.ndarray, captions: list[str]) -> Clips:
+    """Clips from frames (t h w c, uint8) and labels, one entry a clip; boxes: b t MAX_CARS 4."""
+    video = rearrange(torch.from_numpy(np.stack(frames)), "b t h w c -> b t c h w").float() / 127.5 - 1
+    labels = torch.tensor(night, dtype=torch.int64), torch.tensor(cars, dtype=torch.int64)
+    return Clips(video.contiguous(), *labels, torch.from_numpy(boxes), captions)
 
 
+@functools.cache  # every message once, however often the same folder or request comes
 def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-# %% The built-in scenes
+def listing(parts: list[str], most: int = 3) -> str:
+    return "; ".join(parts[:most]) + (f"; and {len(parts) - most} more" if len(parts) > most else "")
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 class DrivingScenes:
-    """Procedural driving scenes, no two alike; each is watched from a random moment of its first 20 seconds."""
+    """Procedural driving scenes, no two alike, each watched from a random moment of its first 20 seconds."""
 
     name, labelled = "driving", True
 
@@ -79,24 +86,23 @@ class DrivingScenes:
     def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
         """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only."""
         scenes = [Scene([*key, i, SPLITS.index(split)]) for i in range(count)]
-        starts = [keyed(key, i, split).uniform(0, 20) for i in range(count)]
-        times = [start + np.arange(frames) / fps for start in starts]
-        pairs = list(zip(scenes, times, strict=True))
+        times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in range(count)]
+        watched = list(zip(scenes, times, strict=True))
         return batch(
-            [scene.render(t, self.height, self.width) for scene, t in pairs],
+            [scene.render(t, self.height, self.width) for scene, t in watched],
             [int(scene.night) for scene in scenes],
-            [scene.car_count(t) for scene, t in pairs],
-            np.stack([scene.boxes(t) for scene, t in pairs]),
+            [scene.car_count(t) for scene, t in watched],
+            np.stack([scene.boxes(t) for scene, t in watched]),
             [scene.caption for scene in scenes],
         )
 
 
-# %% Reading one clip: first when its frames are shown, then the frames that are wanted
+# %% One clip of a folder: first when its frames are shown, then the frames that are wanted
 
 
 @dataclass
 class Recording:
-    """One clip of a folder. A single picture has no rate: its fps is infinite."""
+    """One clip of a folder."""
 
     path: Path
     times: np.ndarray  # seconds, increasing, as stored in the file
@@ -106,38 +112,37 @@ class Recording:
     kept: np.ndarray | None = None  # t h w c, uint8: all frames, once they are in memory
 
     @property
-    def stem(self) -> str:
-        return self.path.name if self.path.is_dir() else self.path.stem
-
-    @property
     def seconds(self) -> float:
         """From the first frame to the last."""
         return float(self.times[-1] - self.times[0])
 
     @property
     def fps(self) -> float:
+        """The mean rate; a single picture has none and passes for any."""
         return (len(self.times) - 1) / self.seconds if len(self.times) > 1 else math.inf
 
     def too_slow(self, fps: float) -> bool:
         return self.fps < 0.999 * fps  # 29.97 passes for 30
 
     def problem(self, frames: int, fps: float) -> str:
-        """Why it cannot give so many frames at this rate; "" if it can. Half a frame may be missing at the end."""
+        """Why it cannot give so many frames at this rate; "" if it can. Half a frame may lack at the end."""
         need = (frames - 1) / fps
         if self.too_slow(fps):
             return f"{self.path.name} has {self.fps:.4g} fps, {fps:g} are asked for"
         if need > self.seconds + 0.5 / self.fps:
-            return f"{self.path.name} is {self.seconds:.1f} s long, {frames} frames at {fps:g} fps need {need:.1f} s"
+            asked = f"{frames} frames at {fps:g} fps need {need:.1f} s"
+            return f"{self.path.name} is {self.seconds:.1f} s long, {asked}"
         return ""
 
 
 def natural(path: Path) -> list:
     """Sorting key that puts 9.png before 10.png."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))]
 
 
 def frame_files(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != "."), key=natural)
+    files = (p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != ".")
+    return sorted(files, key=natural)
 
 
 def open_video(path: Path):
@@ -145,7 +150,8 @@ def open_video(path: Path):
     try:
         import av
     except ImportError:
-        raise UserError(f'{path} needs PyAV to be read: pip install av (or pip install "videoldm[video]")') from None
+        how = 'pip install av (or pip install "videoldm[video]")'
+        raise UserError(f"{path} needs PyAV to be read: {how}") from None
     container = av.open(str(path), metadata_errors="ignore")
     if not container.streams.video:
         raise ValueError("no video stream")
@@ -154,9 +160,13 @@ def open_video(path: Path):
 
 
 def stamps(path: Path, default_fps: float) -> np.ndarray:
-    """When a clip's frames are shown: (t), in seconds, increasing. Raises all sorts of errors if it is damaged."""
+    """When a clip's frames are shown: (t), in seconds, increasing. Any error but UserError means damage."""
     if path.is_dir():
-        return np.arange(len(frame_files(path))) / folder_fps(path, default_fps)
+        rate = path / "fps.txt"
+        fps = float(rate.read_text()) if rate.exists() else default_fps
+        if not 0 < fps < math.inf:
+            raise ValueError("fps.txt must hold a positive number")
+        return np.arange(len(frame_files(path))) / fps
     if path.suffix.lower() in ANIMATIONS:
         return np.array([time for time, _ in animation_pictures(path)])
     found = []
@@ -167,18 +177,9 @@ def stamps(path: Path, default_fps: float) -> np.ndarray:
                 raise ValueError("truncated")
             if packet.size and not packet.is_discard and packet.pts is not None:
                 found.append(packet.pts)
-        return np.unique(found) * float(stream.time_base)  # in order of decoding before, of showing after
-
-
-def folder_fps(folder: Path, default: float) -> float:
-    """The rate of a sub-folder of frames: the number in its fps.txt, else the default."""
-    file = folder / "fps.txt"
-    if not file.exists():
-        return default
-    with contextlib.suppress(ValueError):
-        if 0 < (fps := float(file.read_text())) < math.inf:
-            return fps
-    raise UserError(f"{file}: must hold one positive number, the frames per second")
+        if path.suffix.lower() == ".avi":
+            return np.array([time for time, _ in video_pictures(path, 0.0)])
+        return np.unique(found) * float(stream.time_base)  # packets come in the order of decoding
 
 
 Pictures = Iterator[tuple[float, Callable[[], Image.Image]]]  # time stamp, and what makes the picture
@@ -188,6 +189,10 @@ def video_pictures(path: Path, start: float) -> Pictures:
     """A video's frames, decoded from the key frame before `start` seconds on."""
     with open_video(path) as container:
         stream = container.streams.video[0]
+        if path.suffix.lower() == ".avi":  # has no time stamps: frames follow each other at a constant rate
+            for i, frame in enumerate(container.decode(stream)):
+                yield i / float(stream.average_rate), frame.to_image
+            return
         scale, first = float(stream.time_base), stream.start_time or 0
         # a second early: the frames shown just before a key frame may be stored behind it
         container.seek(max(int((start - 1) / scale), first), stream=stream)
@@ -206,14 +211,15 @@ def animation_pictures(path: Path) -> Pictures:
             image.seek(i)
             image.load()
             yield time, image.copy
-            time += (image.info.get("duration") or 100) / 1000  # a duration of 0 is shown as 0.1 s by every browser
+            time += (image.info.get("duration") or 100) / 1000  # browsers show a duration of 0 as 0.1 s
 
 
 def pictures(recording: Recording, start: float) -> Pictures:
     """A clip's frames in order; the first is at or before `start` seconds."""
     path = recording.path
     if path.is_dir():
-        return zip(recording.times, (partial(Image.open, file) for file in frame_files(path)), strict=True)
+        openers = [functools.partial(Image.open, file) for file in frame_files(path)]
+        return zip(recording.times.tolist(), openers, strict=True)
     return video_pictures(path, start) if path.suffix.lower() in VIDEOS else animation_pictures(path)
 
 
@@ -223,12 +229,167 @@ def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def read(recording: Recording, indices: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frames (t h w c, uint8) of the given increasing indices, scaled to fill the size and cropped at the centre."""
+    """Frames (t h w c, uint8) of increasing indices, scaled to fill the size and cropped at the centre.
+
+    Raises UserError when the file turns out to be damaged.
+    """
     wanted, done = recording.times[indices], 0
     result = np.empty((len(indices), height, width, 3), np.uint8)
     try:
-        with contextlib.closing(pictures(recording, wanted[0])) if False else contextlib.nullcontext():
-            pass
-    except Exception as error:
-        raise error
-    return result
+        for time, picture in pictures(recording, wanted[0]):
+            if time < wanted[done] - 1e-6:
+                continue
+            image = ImageOps.fit(picture().convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            while done < len(wanted) and time >= wanted[done] - 1e-6:  # an index may stand there twice
+                result[done] = image
+                done += 1
+            if done == len(wanted):
+                return result
+        raise ValueError("the file ends early")
+    except Exception as error:  # PyAV and Pillow raise whatever the codec raises
+        where = f"{recording.path}: cannot read the frame at {wanted[done] - recording.times[0]:.2f} s"
+        raise UserError(f"{where} ({reason(error)}); remove or replace this clip") from error
+
+
+# %% A folder of clips
+
+
+def candidates(folder: Path) -> list[Path]:
+    """What looks like a clip: sub-folders and files of a known type, sorted by name."""
+    try:
+        paths = sorted(folder.iterdir(), key=natural)
+    except OSError as error:
+        advice = 'give a folder of videos, or "driving" for the built-in scenes'
+        raise UserError(f"--data {folder}: cannot be read ({reason(error)}); {advice}") from None
+    return [p for p in paths if p.name[0] != "." and (p.is_dir() or p.suffix.lower() in VIDEOS + ANIMATIONS)]
+
+
+def find_recordings(folder: Path, final_fps: float) -> list[Recording]:
+    """All readable clips of a folder; the others are named on stderr. Raises UserError when there is none."""
+    found, skipped = [], []
+    for path in candidates(folder):
+        try:
+            times = stamps(path, final_fps)
+            if len(times) == 0:
+                raise ValueError("no frames in it")
+            found.append(Recording(path, times))
+        except UserError:
+            raise
+        except Exception as error:  # PyAV and Pillow raise whatever the codec raises
+            skipped.append(f"{path.name} ({reason(error)})")
+    damaged = f"skipped {len(skipped)} of {len(skipped) + len(found)} files: {listing(skipped)}"
+    if not found:
+        what = f"{damaged}; looked for {LOOKED_FOR}" if skipped else f"looked for {LOOKED_FOR}"
+        raise UserError(f"--data {folder}: no clip; {what}")
+    if skipped:
+        note(f"{folder}: {damaged}")
+    return found
+
+
+def read_labels(folder: Path, recordings: list[Recording]) -> None:
+    """Fills in night, cars and caption from CLIP.txt and labels.csv. Raises UserError with file and line."""
+    for recording in recordings:
+        text = folder / f"{recording.path.stem}.txt"
+        if text.is_file():
+            recording.caption = " ".join(text.read_text("utf-8", errors="replace").split())
+    table = folder / "labels.csv"
+    if not table.is_file():
+        return
+    names = {name for path in candidates(folder) for name in (path.name, path.stem)}  # of damaged clips, too
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.DictReader(file, restval="")
+        for row in rows:
+            where, name = f"{table}, line {rows.line_num}", row.get("name", "").strip()
+            if None in row:
+                raise UserError(f"{where}: more values than columns; put a caption with a comma in quotes")
+            if name not in names:
+                columns = "the columns are name, night, cars, caption"
+                raise UserError(f"{where}: no clip is called '{name}'; {columns}")
+            for recording in recordings:
+                if name in (recording.path.name, recording.path.stem):
+                    recording.night = label(row, "night", "0|1", "1 (night), 0 (day)", where)
+                    recording.cars = label(row, "cars", "[0-9]{1,9}", "a whole number", where)
+                    recording.caption = row.get("caption", "").strip() or recording.caption
+
+
+def label(row: dict[str, str], column: str, pattern: str, expected: str, where: str) -> int:
+    """A number of labels.csv, -1 where nothing is written."""
+    text = row.get(column, "").strip()
+    if text and not re.fullmatch(pattern, text):
+        raise UserError(f"{where}: {column} is '{text}', must be {expected} or empty")
+    return int(text or -1)
+
+
+class VideoFolder:
+    """The clips of a folder. Raises UserError for a folder without clips, and for labels that do not fit.
+
+    A fifth of the clips is held out, chosen once on opening: the longest of those that have the final rate,
+    because a held-out clip too short for key frames would be of no use.
+    """
+
+    def __init__(self, folder: Path, height: int, width: int, final_fps: float) -> None:
+        self.folder, self.name = folder, folder.resolve().name
+        self.height, self.width, self.final_fps = height, width, final_fps
+        self.recordings = find_recordings(folder, final_fps)
+        read_labels(folder, self.recordings)
+        self.labelled = all(r.night >= 0 and r.cars >= 0 for r in self.recordings)
+        # lengths count as equal to a tenth of a second; the sort keeps the order of names
+        order = sorted(self.recordings, key=lambda r: (r.too_slow(final_fps), -round(r.seconds, 1)))
+        self.held_out = {r.path for r in order[: max(len(order) // 5, 1)]} if len(order) >= 3 else set()
+        if not self.held_out:
+            note(f"{folder}: fewer than 3 clips, so train and held-out share them")
+        self.memory, self.pools = MEMORY, {}
+
+    def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
+        """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only.
+
+        A clip is drawn as often as it is long. Raises UserError when none is long and fast enough.
+        """
+        if (frames, fps, split) not in self.pools:
+            self.pools[frames, fps, split] = self.pool(frames, fps, split)
+        pool = self.pools[frames, fps, split]
+        share = np.array([len(r.times) for r in pool]) / sum(len(r.times) for r in pool)
+        chosen, video = [], []
+        for i in range(count):
+            rng = keyed(key, i, split)
+            recording = pool[rng.choice(len(pool), p=share)]
+            start = recording.times[0] + rng.uniform(0, max(recording.seconds - (frames - 1) / fps, 0.0))
+            video.append(self.frames(recording, nearest(recording.times, start + np.arange(frames) / fps)))
+            chosen.append(recording)
+        night, cars, captions = zip(*((r.night, r.cars, r.caption) for r in chosen), strict=True)
+        return batch(video, night, cars, np.zeros((count, frames, MAX_CARS, 4), np.float32), list(captions))
+
+    def pool(self, frames: int, fps: float, split: str) -> list[Recording]:
+        """The long and fast enough clips of a split; where it has none, the other split's, with a note."""
+        problems = [r.problem(frames, fps) for r in self.recordings]
+        usable = [r for r, problem in zip(self.recordings, problems, strict=True) if not problem]
+        reasons = [problem for problem in problems if problem]
+        if not usable:
+            advice = "use longer clips, fewer frames or a higher --final-fps"
+            if all(r.too_slow(fps) for r in self.recordings):
+                advice = f"try --final-fps {max(r.fps for r in self.recordings) * self.final_fps / fps:.4g}"
+            raise UserError(f"--data {self.folder}: no usable clip ({listing(reasons)}); {advice}")
+        if reasons:
+            note(f"skipped {len(reasons)} of {len(self.recordings)} clips: {listing(reasons)}")
+        wanted = [r for r in usable if (r.path in self.held_out) == (SPLITS.index(split) == 1)]
+        if not wanted and self.held_out:
+            asked = f"no {split} clip has {frames} frames at {fps:g} fps"
+            note(f"{self.folder}: {asked}, so clips of the other split are used")
+        return wanted or usable
+
+    def frames(self, recording: Recording, indices: np.ndarray) -> np.ndarray:
+        """Frames t h w c, uint8. The first call keeps the whole clip in memory if there is room for it."""
+        size = len(recording.times) * self.height * self.width * 3
+        if recording.kept is None and size <= self.memory:
+            recording.kept = read(recording, np.arange(len(recording.times)), self.height, self.width)
+            self.memory -= size
+        if recording.kept is None:
+            return read(recording, indices, self.height, self.width)
+        return recording.kept[indices]
+
+
+def open_data(data: str, height: int, width: int, final_fps: float) -> DrivingScenes | VideoFolder:
+    """The built-in scenes for "driving", else a folder of videos. Raises UserError."""
+    if data == "driving":
+        return DrivingScenes(height, width, final_fps)
+    return VideoFolder(Path(data).expanduser(), height, width, final_fps)

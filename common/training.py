@@ -57,9 +57,11 @@ class BaseConfig:
     overwrite: bool = False  # replace a folder that another configuration made
     dry_run: bool = False  # print configuration, parameter counts and shapes; write nothing
 
+    def data_name(self) -> str:
+        return "driving" if self.data == "driving" else Path(self.data).resolve().name
+
     def folder(self) -> Path:
-        name = "driving" if self.data == "driving" else Path(self.data).resolve().name
-        return Path(self.out or f"runs/{self.preset}-{name}")
+        return Path(self.out or f"runs/{self.preset}-{self.data_name()}")
 
 
 # what may differ between two runs into the same folder
@@ -132,6 +134,13 @@ def cli(main: Callable[[list[str] | None], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; free some space or choose another --out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was trained is saved, go on with --resume", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch or the resolution", file=sys.stderr)
         return 2
@@ -292,6 +301,11 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
     if not isinstance(content, dict) or "config" not in content:
         raise UserError(f"{path} is not a checkpoint of this project; make it anew with: {made_by}")
     return content
+
+
+def config_of(config_class: type, content: dict):
+    """The configuration a checkpoint was trained with (torch.save keeps tuples; json would not)."""
+    return config_class(**content["config"])
 
 
 def command(script: str, config: BaseConfig, *flags: str) -> str:

@@ -64,7 +64,8 @@ def render() -> str:
             continue
         text += f"\n### {title}\n"
         for lesson, content in json.loads(path.read_text()).items():
-            text += f"\n**{lesson}** (`python {content['command']}`)\n\n| number | value | goal | |\n| --- | --- | --- | --- |\n"
+            text += f"\n**{lesson}** (`python {content['command']}`)\n\n"
+            text += "| number | value | goal | |\n| --- | --- | --- | --- |\n"
             for label, number in content["numbers"].items():
                 value = f"{number['value']:.4g} {number['unit']}".rstrip()
                 verdict = "" if not number["goal"] else "met" if number["met"] else "**missed**"

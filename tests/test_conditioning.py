@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.data import Clips
+from common.image_model import Conditioner, ImageModel, conditions
 from tests.test_network import randomise
 
 lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
@@ -14,7 +15,7 @@ lesson05, lesson06, lesson07 = (import_module(n) for n in ("05_prediction", "06_
 
 def smoke_image() -> object:
     """The smoke image model with random weights."""
-    image = lesson02.ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
+    image = ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
     image.weights = randomise(image.unet()).state_dict()
     return image
 
@@ -36,7 +37,7 @@ def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
 
     def output(z: torch.Tensor) -> torch.Tensor:
         c_S = lesson05.masked_context(z, mask)
-        context = image.conditioner(lesson02.conditions(1))
+        context = image.conditioner(conditions(1))
         with torch.no_grad():
             return lesson05.run_unet(unet, torch.zeros_like(z), torch.tensor([500]), context, c_S, t)
 
@@ -67,7 +68,7 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])
 def test_attention_only_has_as_many_trained_parameters(preset: str) -> None:
-    image = lesson02.ImageModel.planned(lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset))
+    image = lesson02.planned(lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset))
     counts = []
     for temporal in ("both", "attention"):
         config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset, temporal=temporal)
@@ -109,7 +110,7 @@ def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: in
     image, run = smoke_image(), FakeRun()
     config = lesson06.preset_config(lesson06.Config, lesson06.PRESETS, "smoke")
     z = torch.randn(keys, *image.shape, generator=torch.Generator().manual_seed(0))
-    out = lesson06.interpolate(Guess(), image, z, 0, lesson02.conditions(1), config, run, windows=3)
+    out = lesson06.interpolate(Guess(), image, z, 0, conditions(1), config, run, windows=3)
     assert len(out) == frames and torch.equal(out[::4], z)
 
 
@@ -129,17 +130,17 @@ class FakeRun:
 
 
 def test_conditions_and_dropping() -> None:
-    conditioner = randomise(lesson02.Conditioner("labels", 8, 1))
-    clips = lesson02.conditions(2, night=1, cars=3)
+    conditioner = randomise(Conditioner("labels", 8, 1))
+    clips = conditions(2, night=1, cars=3)
     told, dropped = conditioner(clips), conditioner(clips, torch.tensor([True, False]))
     assert told.shape == (2, 1, 8) and torch.equal(told[1], dropped[1])
-    assert torch.equal(dropped[0], conditioner(lesson02.conditions(1))[0])  # dropped is the same as unknown
-    boxes = randomise(lesson02.Conditioner("boxes", 8, 1))
-    some = boxes(lesson02.conditions(1, boxes=[[0.1, 0.2, 0.3, 0.4]]))
-    assert not torch.allclose(some, boxes(lesson02.conditions(1, boxes=[[0.5, 0.2, 0.7, 0.4]])))
-    text = randomise(lesson02.Conditioner("text", 8, 1))
+    assert torch.equal(dropped[0], conditioner(conditions(1))[0])  # dropped is the same as unknown
+    boxes = randomise(Conditioner("boxes", 8, 1))
+    some = boxes(conditions(1, boxes=[[0.1, 0.2, 0.3, 0.4]]))
+    assert not torch.allclose(some, boxes(conditions(1, boxes=[[0.5, 0.2, 0.7, 0.4]])))
+    text = randomise(Conditioner("text", 8, 1))
     assert not torch.allclose(
-        text(lesson02.conditions(1, caption="a red car")), text(lesson02.conditions(1, caption="a"))
+        text(conditions(1, caption="a red car")), text(conditions(1, caption="a"))
     )
 
 

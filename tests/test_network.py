@@ -7,6 +7,7 @@ import torch
 
 from common.autoencoder import Autoencoder
 from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions
+from common.image_model import ImageModel
 from common.training import count, is_temporal
 from common.unet import UNet
 
@@ -182,7 +183,7 @@ def test_autoencoder_shapes(regularizer: str, levels: int) -> None:
 
 def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -> None:
     lesson02, lesson04 = import_module("02_image_ldm"), import_module("04_decoder_finetune")
-    image = lesson02.ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
+    image = ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
     randomise(image.autoencoder)
     video = lesson04.video_autoencoder(image)
     z = torch.randn(4, *image.shape, generator=torch.Generator().manual_seed(0))
