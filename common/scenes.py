@@ -1,12 +1,12 @@
 """Procedural driving scenes: the built-in training data, drawn as polygons from an integer seed.
 
-Units are metres and seconds. The camera rides 1.4 m above the middle of its own lane and looks along the road; x points
-right from the lane's middle, y up from the ground, z forward. A point lands, in units of the frame's width and height, on
+Units are metres and seconds. The camera rides 1.4 m above the middle of its own lane and looks along the road; x
+points right from the lane's middle, y up from the ground, z forward. A point lands, in units of the frame's size, on
 
     u = 0.5 + 0.7 (x / z + curvature z / 2),    v = 0.42 + 1.4 (1.4 - y) / z,
 
-where curvature z^2 / 2 is how far the road has bent sideways at distance z. Both depend on the frame's size only through
-its units, so boxes hold at every resolution; pixels are square at 2:1, the shape of the paper's driving videos.
+where curvature z^2 / 2 is how far the road has bent sideways at distance z. Neither depends on the resolution, so boxes
+hold at every one; pixels are square at 2:1, the shape of the paper's driving videos.
 
 Each clip draws one look (land, hour, road, skyline) and keeps it: that is what frames of one clip share, and what an
 image model that samples every frame on its own gets wrong. What moves is the lane dashes, the roadside and the cars.
@@ -30,8 +30,14 @@ SUPERSAMPLE = 2
 
 RGB = tuple[float, float, float]
 COLOURS: dict[str, RGB] = {
-    "red": (205, 35, 35), "blue": (40, 80, 200), "white": (235, 235, 235), "yellow": (240, 205, 40),
-    "green": (40, 145, 70), "purple": (130, 60, 165), "orange": (240, 130, 30), "black": (38, 38, 44),
+    "red": (205, 35, 35),
+    "blue": (40, 80, 200),
+    "white": (235, 235, 235),
+    "yellow": (240, 205, 40),
+    "green": (40, 145, 70),
+    "purple": (130, 60, 165),
+    "orange": (240, 130, 30),
+    "black": (38, 38, 44),
 }
 # land: ground, trees, shape of the skyline, chance of a tree, a house, a sign
 LANDS: dict[str, tuple[RGB, RGB, str, tuple[float, float, float]]] = {
@@ -49,7 +55,10 @@ HOURS: dict[str, tuple[RGB, RGB, RGB]] = {
     "evening": ((92, 52, 128), (255, 146, 64), (0.92, 0.66, 0.55)),
 }
 NIGHT_SKIES: tuple[tuple[RGB, RGB], ...] = (
-    ((20, 28, 78), (74, 92, 160)), ((40, 16, 70), (140, 70, 130)), ((10, 30, 44), (40, 110, 120)), ((8, 8, 20), (50, 50, 60)),
+    ((20, 28, 78), (74, 92, 160)),
+    ((40, 16, 70), (140, 70, 130)),
+    ((10, 30, 44), (40, 110, 120)),
+    ((8, 8, 20), (50, 50, 60)),
 )
 ROADS: tuple[RGB, ...] = ((66, 68, 76), (112, 112, 116), (156, 150, 140), (132, 92, 82), (82, 92, 122))
 WALLS: tuple[RGB, ...] = ((222, 206, 176), (190, 120, 96), (168, 182, 196), (214, 188, 120))
@@ -99,7 +108,9 @@ class Car:
     def box(self, z: float, curvature: float) -> tuple[float, float, float, float]:
         """x0 y0 x1 y1 of the drawn car in units of the frame, not clipped."""
         half, (_, roof, roof_end, _) = self.width / 2, self.cabin()
-        solid = [(side * half, y, z + w) for side in (-1, 1) for y in (0.0, 0.6 * self.height) for w in (0, self.length)]
+        solid = [
+            (side * half, y, z + w) for side in (-1, 1) for y in (0.0, 0.6 * self.height) for w in (0, self.length)
+        ]
         solid += [(side * 0.76 * half, self.height, z + w) for side in (-1, 1) for w in (roof, roof_end)]
         u, v = zip(*(project(self.x + dx, y, w, curvature) for dx, y, w in solid), strict=True)
         return min(u), min(v), max(u), max(v)
@@ -121,7 +132,8 @@ class View:
     def tone(self, colour: RGB, z: float) -> tuple[int, int, int]:
         """A colour as the hour's light and the haze of z metres leave it."""
         fog = min(z / FAR, 1.0) ** 2
-        return tuple(int(c * l * (1 - fog) + h * fog) for c, l, h in zip(colour, self.light, self.haze, strict=True))
+        levels = zip(colour, self.light, self.haze, strict=True)
+        return tuple(int(c * light * (1 - fog) + haze * fog) for c, light, haze in levels)
 
     def fill(self, corners: Sequence[tuple[float, float, float]], colour: tuple[int, int, int]) -> None:
         """A polygon through the corners (x, y, z)."""
@@ -185,7 +197,9 @@ def draw_house(view: View, x: float, z: float, size: float, wall: RGB, roof: RGB
     """A gabled house; its gable faces us, its long side the road. size is the width of the gable in metres."""
     half, eaves, ridge, back, road_side = size / 2, 0.55 * size, 0.95 * size, z + 1.3 * size, -math.copysign(1, x)
     side, over = x + road_side * half, x + road_side * (half + 0.25)
-    view.fill([(side, 0, z), (side, eaves, z), (side, eaves, back), (side, 0, back)], view.tone(mix(wall, (0, 0, 0), 0.25), z))
+    view.fill(
+        [(side, 0, z), (side, eaves, z), (side, eaves, back), (side, 0, back)], view.tone(mix(wall, (0, 0, 0), 0.25), z)
+    )
     view.fill([(over, eaves - 0.1, z), (x, ridge, z), (x, ridge, back), (over, eaves - 0.1, back)], view.tone(roof, z))
     gable = [(x - half, 0, z), (x - half, eaves, z), (x, ridge, z), (x + half, eaves, z), (x + half, 0, z)]
     view.fill(gable, view.tone(wall, z))
@@ -213,8 +227,12 @@ def draw_car_side(view: View, car: Car, z: float, body: RGB, glass: RGB) -> None
         view.fill([(x, 0.25, z), (x, 0.6 * h, z), (x, 0.6 * h, back), (x, 0.25, back)], flank)
         view.fill([(x, 0.6 * h, z + start), (top, h, z + roof), (top, h, z + roof_end), (x, 0.6 * h, z + end)], flank)
         inner = mix((x, 0, 0), (top, 0, 0), 0.8)[0]
-        window = [(x, 0.63 * h, z + start + 0.4), (inner, 0.93 * h, z + roof + 0.1), (inner, 0.93 * h, z + roof_end - 0.1),
-                  (x, 0.63 * h, z + end - 0.4)]
+        window = [
+            (x, 0.63 * h, z + start + 0.4),
+            (inner, 0.93 * h, z + roof + 0.1),
+            (inner, 0.93 * h, z + roof_end - 0.1),
+            (x, 0.63 * h, z + end - 0.4),
+        ]
         view.fill(window, view.tone(glass, z))
         for middle in (0.8, 3.4):
             rim = [(x, 0.32 + 0.32 * math.sin(a), z + middle + 0.32 * math.cos(a)) for a in np.arange(8) * math.pi / 4]
@@ -222,11 +240,13 @@ def draw_car_side(view: View, car: Car, z: float, body: RGB, glass: RGB) -> None
 
 
 def draw_car(view: View, car: Car, z: float) -> None:
-    """Shadow, flank, wheels, body, cabin with window, lights and plate: the back of a car, or the front of an oncoming one."""
+    """Shadow, flank, wheels, body, cabin, lights and plate: the back of a car, or the front of an oncoming one."""
     body, half, h, (start, roof, _, _) = COLOURS[car.colour], car.width / 2, car.height, car.cabin()
     glass = (70, 84, 104) if car.colour == "black" else (42, 50, 64)
     tyre, back = view.tone((24, 24, 28), z), z + car.length
-    shadow = [(car.x + dx, 0.0, w) for dx, w in ((-half - 0.1, z), (half + 0.1, z), (half + 0.1, back), (-half - 0.1, back))]
+    shadow = [
+        (car.x + dx, 0.0, w) for dx, w in ((-half - 0.1, z), (half + 0.1, z), (half + 0.1, back), (-half - 0.1, back))
+    ]
     view.fill(shadow, view.tone((32, 32, 36), z))
     draw_car_side(view, car, z, body, glass)
     if z < NEAR:
@@ -279,8 +299,8 @@ def draw_skyline(rng: np.random.Generator, shape: str) -> np.ndarray:
 class Scene:
     """One endless drive, drawn from a seed: what is in it, and how it looks at any time >= 0.
 
-    Attributes: land and hour (words of LANDS and HOURS, or "night"), night, speed (of the camera, m/s), curvature (1/m, positive
-    to the right), cars (at most MAX_CARS; the index is the slot), caption (plain words).
+    Attributes: land and hour (words of LANDS and HOURS, or "night"), night, speed (of the camera, m/s), curvature
+    (1/m, positive to the right), cars (at most MAX_CARS; the index is the slot), caption (plain words).
     """
 
     def __init__(self, seed: int | Sequence[int]) -> None:
@@ -313,7 +333,6 @@ class Scene:
         self.skyline = draw_skyline(rng, shape)
         self.haze = mix(self._lit(self.ground), self.sky[1], 0.45)  # far hills and far objects
         self.disc = float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.07, 0.2))  # the sun or the moon
-        self.stars = rng.random((24, 2)) * (1.0, 0.3)
 
     def _draw_roadside(self, rng: np.random.Generator, side: int) -> list[tuple]:
         """One side's table: (kind, metres along the slot, x, size, colour, colour) per slot."""
@@ -362,7 +381,7 @@ class Scene:
         return f"{cars} {'at night' if self.night else 'by day'} in the {self.land}"
 
     def _lit(self, colour: RGB) -> RGB:
-        return tuple(c * l for c, l in zip(colour, self.light, strict=True))
+        return tuple(c * lit for c, lit in zip(colour, self.light, strict=True))
 
     def _bend(self, time: float) -> float:
         """Curvature at a time: the clip's, with a slow swing of a tenth of a sharp curve."""
@@ -377,8 +396,8 @@ class Scene:
     def boxes(self, times: np.ndarray) -> np.ndarray:
         """Times (t) to boxes (t, MAX_CARS, 4) float32: x0 y0 x1 y1 in [0, 1], clipped to the frame.
 
-        A car keeps its slot. A row is zero where the slot has no car, where the car's box is below MIN_AREA of the frame,
-        and where a nearer car's box covers three quarters of it.
+        A car keeps its slot. A row is zero where the slot has no car, where the car's box is below MIN_AREA of the
+        frame, and where a nearer car's box covers three quarters of it.
         """
         result = np.zeros((len(times), MAX_CARS, 4), np.float32)
         for i, time in enumerate(np.asarray(times, float).tolist()):
@@ -386,7 +405,9 @@ class Scene:
             for slot, z in reversed(self.car_states(time)):
                 box = np.clip(self.cars[slot].box(z, self._bend(time)), 0.0, 1.0)
                 area = np.prod(box[2:] - box[:2])
-                shared = [np.prod(np.clip(np.minimum(box[2:], o[2:]) - np.maximum(box[:2], o[:2]), 0, 1)) for o in nearer]
+                shared = [
+                    np.prod(np.clip(np.minimum(box[2:], o[2:]) - np.maximum(box[:2], o[:2]), 0, 1)) for o in nearer
+                ]
                 if area >= MIN_AREA and max(shared, default=0.0) < 0.75 * area:
                     result[i, slot] = box
                 nearer.append(box)
@@ -425,7 +446,7 @@ class Scene:
         return image
 
     def _light_map(self, height: int, width: int) -> Image.Image:
-        """What the night leaves of every pixel: the ambient light, headlights on the road, and holes for the moon and stars."""
+        """What the night leaves of every pixel: the ambient light, headlights on the road, a hole for the moon."""
         v, u = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)
         cone = np.exp(-(((u - 0.5) / (0.12 + 0.5 * np.clip(v - HORIZON, 0, 1))) ** 2) - ((v - 0.68) / 0.2) ** 2)
         levels = np.array(self.ambient) + (np.array((0.95, 0.9, 0.75)) - self.ambient) * cone[..., None]
