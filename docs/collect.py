@@ -1,7 +1,7 @@
 """Copies numbers and pictures of finished runs into docs/ and writes the README's table of numbers from them.
 
 python docs/collect.py runs/cpu-driving driving
-python docs/collect.py runs/cpu-256x128 real
+python docs/collect.py runs/cpu-dashcam real
 python docs/collect.py                           only rewrites the README from docs/numbers/*.json
 """
 
@@ -35,7 +35,7 @@ def collect(out: Path, name: str) -> None:
 
 
 SHOWN = {
-    "01_toy_alignment": ("figure.png", "animation.gif"),
+    "01_toy_alignment": ("figure2.png", "figure2.gif"),
     "02_image_ldm": ("samples.png", "reconstructions.png"),
     "03_temporal_layers": ("before_after.png", "after.gif", "alphas.png", "loss_per_level.png"),
     "04_decoder_finetune": ("decoders.png", "time_slices.png"),

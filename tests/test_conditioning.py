@@ -5,8 +5,10 @@ from importlib import import_module
 import pytest
 import torch
 
+from common.blocks import TemporalOptions
 from common.data import Clips
 from common.image_model import Conditioner, ImageModel, conditions
+from common.training import count, is_temporal, preset_config
 from tests.test_network import randomise
 
 lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
@@ -15,7 +17,7 @@ lesson05, lesson06, lesson07 = (import_module(n) for n in ("05_prediction", "06_
 
 def smoke_image() -> object:
     """The smoke image model with random weights."""
-    image = ImageModel(lesson02.preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
+    image = ImageModel(preset_config(lesson02.Config, lesson02.PRESETS, "smoke"))
     image.weights = randomise(image.unet()).state_dict()
     return image
 
@@ -30,7 +32,7 @@ def test_prediction_mask() -> None:
 @pytest.mark.parametrize("known", [0, 1, 2])
 def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
     image = smoke_image()
-    config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, "smoke", temporal=temporal)
+    config = preset_config(lesson05.Config, lesson05.PRESETS, "smoke", temporal=temporal)
     unet, t = randomise(lesson05.build(config, image)), config.frames
     z = torch.randn(t, *image.shape, generator=torch.Generator().manual_seed(0))
     mask = lesson05.prediction_mask(torch.tensor([known]), t)
@@ -51,10 +53,10 @@ def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
 
 def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     image = smoke_image()
-    config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
-    old = randomise(image.unet(lesson03.TemporalOptions()), 3).state_dict()
+    config = preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
+    old = randomise(image.unet(TemporalOptions()), 3).state_dict()
     unet = lesson05.build(config, image)
-    lesson03.grow(unet, {name: value for name, value in old.items() if lesson05.is_temporal(name)})
+    lesson03.grow(unet, {name: value for name, value in old.items() if is_temporal(name)})
     new = unet.state_dict()
     name = "input_blocks.1.0.time_stack.in_layers.2.weight"
     width = old[name].shape[1]
@@ -68,12 +70,12 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])
 def test_attention_only_has_as_many_trained_parameters(preset: str) -> None:
-    image = lesson02.planned(lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset))
+    image = lesson02.planned(preset_config(lesson05.Config, lesson05.PRESETS, preset))
     counts = []
     for temporal in ("both", "attention"):
-        config = lesson05.preset_config(lesson05.Config, lesson05.PRESETS, preset, temporal=temporal)
+        config = preset_config(lesson05.Config, lesson05.PRESETS, preset, temporal=temporal)
         with torch.device("meta"):
-            counts.append(lesson05.count(image.unet(lesson05.temporal_options(config, image)), lesson05.is_temporal))
+            counts.append(count(image.unet(lesson05.temporal_options(config, image)), is_temporal))
     assert counts[1] == pytest.approx(counts[0], rel=0.05)
 
 
@@ -108,7 +110,7 @@ def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: in
             return torch.zeros_like(z_tau)
 
     image, run = smoke_image(), FakeRun()
-    config = lesson06.preset_config(lesson06.Config, lesson06.PRESETS, "smoke")
+    config = preset_config(lesson06.Config, lesson06.PRESETS, "smoke")
     z = torch.randn(keys, *image.shape, generator=torch.Generator().manual_seed(0))
     out = lesson06.interpolate(Guess(), image, z, 0, conditions(1), config, run, windows=3)
     assert len(out) == frames and torch.equal(out[::4], z)
@@ -139,9 +141,7 @@ def test_conditions_and_dropping() -> None:
     some = boxes(conditions(1, boxes=[[0.1, 0.2, 0.3, 0.4]]))
     assert not torch.allclose(some, boxes(conditions(1, boxes=[[0.5, 0.2, 0.7, 0.4]])))
     text = randomise(Conditioner("text", 8, 1))
-    assert not torch.allclose(
-        text(conditions(1, caption="a red car")), text(conditions(1, caption="a"))
-    )
+    assert not torch.allclose(text(conditions(1, caption="a red car")), text(conditions(1, caption="a")))
 
 
 def test_rows_repeats_labels() -> None:

@@ -244,12 +244,7 @@ def test_labels_and_captions(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "complaint"),
-    [
-        ("x,1,1,", "'x'"),
-        ("a,2,1,", "night is '2'"),
-        ("a,1,few,", "cars is 'few'"),
-        ("a,1,1,dark, wet", "in quotes"),
-    ],
+    [("x,1,1,", "'x'"), ("a,2,1,", "night is '2'"), ("a,1,few,", "cars is 'few'"), ("a,1,1,dark, wet", "in quotes")],
 )
 def test_bad_labels(tmp_path, row, complaint):
     write_frames(tmp_path / "a", 4, 10)
