@@ -98,7 +98,7 @@ class Config(BaseConfig):
     beta_start: float = 0.0015  # first beta
     beta_end: float = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: int = 2000  # training steps of the U-Net
+    steps: int = 1800  # training steps of the U-Net
     batch: int = 16  # frames per step
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
@@ -499,7 +499,7 @@ def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
 def draw_boxes(run: Run, config: Config) -> None:
     """--sample-boxes: the image of a scene drawn as boxes, for 08_sample_long.py --first-frame (Sec. 4.1.2)."""
     boxes = read_boxes(config.sample_boxes)
-    image = ImageModel.load(run, "boxes")
+    image = load(run, "boxes")
     z = sample_images(
         image.unet(),
         image,
