@@ -423,6 +423,7 @@ def main(argv: list[str] | None = None) -> None:
               f"after: frames are aligned ({after['together']:.1%} of clips in one mode)")
     draw_figure(run.folder, diffusion, sampling_times(diffusion, config.ddim_steps),
                 dict(zip(titles, (path_before[:, shown], path_after[:, shown]), strict=True)))
+    print(f"pictures: {run.folder}/figure2.png, figure2.gif")
 
 
 if __name__ == "__main__":

@@ -261,6 +261,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA,
         now = unet.state_dict()
         changed = sum(not torch.equal(now[name].cpu(), value) for name, value in image.weights.items())
         run.report("spatial weights changed", changed, at_most=0)
+        assert changed == 0, "a frozen weight of the image model has moved"
         held_out_losses(run, config, image, unet, real)
         videos = {}
         for name, frames in (("before", None), ("after", config.frames)):  # the same noise

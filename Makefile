@@ -19,16 +19,17 @@ $(VENV)/installed: pyproject.toml $(TORCH_CONSTRAINTS)
 	$(VENV)/bin/pip install -q -c $(TORCH_CONSTRAINTS) -e ".[video,dev]"
 	touch $@
 
-# A lesson is run again only when its checkpoint is missing, so an interrupted course goes on where it stopped.
-$(OUT)/%/checkpoint.pt: | $(VENV)/installed
+# Numbers are written after training: where they are missing, a lesson starts, or goes on where it was interrupted.
+$(OUT)/%/numbers.json: | $(VENV)/installed
 	$(RUN) $*.py $(FLAGS) --resume
 
-$(OUT)/03_temporal_layers/checkpoint.pt: | $(OUT)/02_image_ldm/checkpoint.pt
-$(OUT)/04_decoder_finetune/checkpoint.pt: | $(OUT)/02_image_ldm/checkpoint.pt
-$(OUT)/05_prediction/checkpoint.pt: | $(OUT)/03_temporal_layers/checkpoint.pt
-$(OUT)/06_interpolation/checkpoint.pt: | $(OUT)/03_temporal_layers/checkpoint.pt
+$(OUT)/03_temporal_layers/numbers.json: | $(OUT)/02_image_ldm/numbers.json
+$(OUT)/04_decoder_finetune/numbers.json: | $(OUT)/02_image_ldm/numbers.json
+$(OUT)/05_prediction/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
+$(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
+$(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
-demo: $(LESSONS:%=$(OUT)/%/checkpoint.pt)
+demo: $(LESSONS:%=$(OUT)/%/numbers.json)
 	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
 
 course: demo

@@ -21,7 +21,8 @@ def collect(out: Path, name: str) -> None:
     numbers = {}
     for path in sorted(out.glob("0*/numbers.json")):
         environment = dict(line.split(" ", 1) for line in (path.parent / "env.txt").read_text().splitlines())
-        numbers[path.parent.name] = {"command": environment["command"], "numbers": json.loads(path.read_text())}
+        command = environment["command"].replace(" --resume", "").replace(" --overwrite", "")
+        numbers[path.parent.name] = {"command": command, "numbers": json.loads(path.read_text())}
     (DOCS / "numbers").mkdir(exist_ok=True)
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
