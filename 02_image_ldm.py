@@ -225,13 +225,8 @@ def train_autoencoder(run: Run, config: Config, source) -> None:
         torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.9, 0.99), fused=True) for m in (autoencoder, critic)
     )
     ema, extra = EMA(autoencoder, config.ema_decay), {}
-    parts = {
-        "autoencoder": autoencoder,
-        "ema": ema,
-        "critic": critic,
-        "optimizer": optimizer,
-        "critic_optimizer": critic_optimizer,
-    }
+    parts = {"autoencoder": autoencoder, "ema": ema, "critic": critic, "optimizer": optimizer,
+             "critic_optimizer": critic_optimizer}
     for step in training_loop(run, config.ae_steps, parts, extra, "autoencoder.pt", "autoencoder.csv"):
         x = source.clips((config.seed, 0, step), config.ae_batch, 1, config.final_fps).video[:, 0]
         x = x.to(run.device).contiguous(memory_format=torch.channels_last)  # b 3 H W
@@ -314,17 +309,8 @@ def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.
 # %% Sampling
 
 
-def sample_images(
-    unet: nn.Module,
-    image: ImageModel,
-    clips: Clips,
-    guidance: float,
-    run: Run,
-    steps: int,
-    eta: float,
-    *key: object,
-    label: str = "",
-) -> torch.Tensor:
+def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: float, run: Run, steps: int, eta: float,
+                  *key: object, label: str = "") -> torch.Tensor:
     """Latents of one frame for each row of `clips` (whose labels, boxes or captions condition it): b c h w."""
     count = len(clips.night)
     context = image.conditioner(clips)
@@ -412,13 +398,8 @@ def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
         return [conditions(count, 0, 0), conditions(count, 0, 2), conditions(count, 1, 2)]
     if config.condition in ("boxes", "text"):
         return [
-            Clips(
-                held_out.video[:count],
-                held_out.night[:count],
-                held_out.cars[:count],
-                held_out.boxes[:count],
-                held_out.captions[:count],
-            )
+            Clips(held_out.video[:count], held_out.night[:count], held_out.cars[:count], held_out.boxes[:count],
+                  held_out.captions[:count])
         ]
     return [conditions(count), conditions(count)]
 
@@ -427,17 +408,8 @@ def draw_boxes(run: Run, config: Config) -> None:
     """--sample-boxes: the image of a scene drawn as boxes, for 08_sample_long.py --first-frame (Sec. 4.1.2)."""
     boxes = read_boxes(config.sample_boxes)
     image = load(run, "boxes")
-    z = sample_images(
-        image.unet(),
-        image,
-        conditions(1, boxes=boxes),
-        config.guidance,
-        run,
-        config.ddim_steps,
-        config.eta,
-        "boxes",
-        label="boxes",
-    )
+    z = sample_images(image.unet(), image, conditions(1, boxes=boxes), config.guidance, run, config.ddim_steps,
+                      config.eta, "boxes", label="boxes")
     with run.autocast():
         frame = image.decode(z)[0]
     sheet([frame], run.folder / "from_boxes.png", gap=0)

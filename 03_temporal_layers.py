@@ -150,19 +150,8 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list
 # %% Sampling
 
 
-def sample_clips(
-    unet: nn.Module,
-    image,
-    clips: Clips,
-    frames: int | None,
-    steps: int,
-    eta: float,
-    run: Run,
-    *key: object,
-    guidance: float = 1.0,
-    label: str = "",
-    length: int = 0,
-) -> torch.Tensor:
+def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps: int, eta: float, run: Run,
+                 *key: object, guidance: float = 1.0, label: str = "", length: int = 0) -> torch.Tensor:
     """Latents of one clip for each row of `clips` (whose labels condition it): (b t) c h w.
 
     frames None samples `length` frames a row with the image model: the same noise, and every frame on its own.

@@ -202,14 +202,8 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 3 * width, 4 * width]
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c, out, 3, stride=2, padding=1),
-                group_norm(out),
-                nn.SiLU(),
-                nn.Conv2d(out, out, 3, padding=1),
-                group_norm(out),
-                nn.SiLU(),
-            )
+            nn.Sequential(nn.Conv2d(c, out, 3, stride=2, padding=1), group_norm(out), nn.SiLU(),
+                          nn.Conv2d(out, out, 3, padding=1), group_norm(out), nn.SiLU())
             for c, out in zip(widths, widths[1:], strict=False)
         )
         self.where, self.what = nn.Conv2d(widths[-2], 1, 1), nn.Linear(widths[-1], 2 + MAX_CARS)
@@ -237,13 +231,8 @@ def train_features(run: Run, config: Config, image) -> FeatureNetwork:
     torch.manual_seed(config.seed + 40)
     features = channels_last(FeatureNetwork()).to(run.device)
     scenes, optimizer = DrivingScenes(image.config.height, image.config.width, 30.0), adamw(features, 2e-3)
-    for step in training_loop(
-        run,
-        config.feature_steps,
-        {"features": features, "optimizer": optimizer},
-        file="features.pt",
-        metrics="features.csv",
-    ):
+    for step in training_loop(run, config.feature_steps, {"features": features, "optimizer": optimizer},
+                              file="features.pt", metrics="features.csv"):
         clips = scenes.clips((config.seed, 4, step), 16, 1, 30.0)
         with run.autocast():
             loss = features.loss(clips)
@@ -297,12 +286,8 @@ def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoe
     critics = channels_last(critics).to(run.device)
     optimizer = torch.optim.Adam([p for p in autoencoder.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9))
     critic_optimizer = torch.optim.Adam(critics.parameters(), config.lr, betas=(0.5, 0.9))
-    parts = {
-        "autoencoder": autoencoder,
-        "critics": critics,
-        "optimizer": optimizer,
-        "critic_optimizer": critic_optimizer,
-    }
+    parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
+             "critic_optimizer": critic_optimizer}
     # the adaptive weight is taken at the decoder's last layer, or at its last trained one
     last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
@@ -391,11 +376,8 @@ def main(argv: list[str] | None = None) -> None:
             critic = VideoDiscriminator()
         train_decoder(autoencoder, config.freeze_spatial)
         video = (config.batch, config.frames, 3, image.config.height, image.config.width)
-        return dry_run(
-            config,
-            {"autoencoder": autoencoder, "video discriminator": critic},
-            {"clips": video, "latents": (config.batch, config.frames, *image.shape)},
-        )
+        return dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
+                       {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)

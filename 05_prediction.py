@@ -162,14 +162,8 @@ def build(config: Config, image) -> nn.Module:
     return unet
 
 
-def run_unet(
-    unet: nn.Module,
-    z_tau: torch.Tensor,
-    tau: torch.Tensor,
-    context: torch.Tensor | None,
-    c_S: torch.Tensor,
-    frames: int,
-) -> torch.Tensor:
+def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None, c_S: torch.Tensor,
+             frames: int) -> torch.Tensor:
     """f(z_tau; c_S). z_tau: (b t) c h w, tau: b, c_S: (b t) c+1 h w."""
     if not unet.temporal.known_channels:  # attention-only
         return unet(torch.cat([z_tau, c_S], dim=1), tau, context, frames=frames)
@@ -229,17 +223,8 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
 
 
 @torch.no_grad()
-def predict_clips(
-    unet: nn.Module,
-    image,
-    known: torch.Tensor,
-    clips: Clips,
-    config: Config,
-    run: Run,
-    *key: object,
-    guidance: float | None = None,
-    label: str = "",
-) -> torch.Tensor:
+def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, config: Config, run: Run, *key: object,
+                  guidance: float | None = None, label: str = "") -> torch.Tensor:
     """Continues clips. known: b s c h w, the latents of the S first frames (S = 0, 1, 2) -> b t c h w, all frames.
 
     clips: the labels of each row. The known frames are denoised along with the others and come back nearly as given.
@@ -261,28 +246,16 @@ def predict_clips(
             return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config.frames), output, scale)
 
     noise = run.noise((b * config.frames, *image.shape), "sample", *key)
-    z = image.diffusion.ddim(
-        predict,
-        noise,
-        config.ddim_steps,
-        config.eta,
-        run.generator("ddim", *key),
-        clamp=1.0 if image.config.pixel else None,
-        label=label,
-    )
+    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
+                             clamp=1.0 if image.config.pixel else None, label=label)
     return rearrange(z, "(b t) c h w -> b t c h w", b=b)
 
 
 def rows(clips: Clips, times: int) -> Clips:
     """Every row of the labels `times` times."""
     pick = torch.arange(len(clips.night)).repeat_interleave(times)
-    return Clips(
-        clips.video[pick],
-        clips.night[pick],
-        clips.cars[pick],
-        clips.boxes[pick],
-        [clips.captions[i] for i in pick.tolist()],
-    )
+    return Clips(clips.video[pick], clips.night[pick], clips.cars[pick], clips.boxes[pick],
+                 [clips.captions[i] for i in pick.tolist()])
 
 
 # %% Figures and numbers

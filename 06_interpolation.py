@@ -95,24 +95,14 @@ class Interpolator(nn.Module):
     def __init__(self, config: Config, image) -> None:
         super().__init__()
         self.unet = image.unet(
-            TemporalOptions(
-                alpha_frames=config.alpha_frames,
-                context_dim=config.stage_dim,
-                known_channels=image.shape[0] + 1,
-                known_features=config.known_features,
-            )
+            TemporalOptions(alpha_frames=config.alpha_frames, context_dim=config.stage_dim,
+                            known_channels=image.shape[0] + 1, known_features=config.known_features)
         )
         self.unet.train_temporal_only()
         self.stage = nn.Embedding(2, config.stage_dim)
 
-    def forward(
-        self,
-        z_tau: torch.Tensor,
-        tau: torch.Tensor,
-        context: torch.Tensor | None,
-        c_S: torch.Tensor,
-        stage: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None, c_S: torch.Tensor,
+                stage: torch.Tensor) -> torch.Tensor:
         """z_tau: (b t) c h w, tau and stage: b, c_S: (b t) c+1 h w."""
         token = self.stage(stage.to(z_tau.device))[:, None]  # b 1 d
         return self.unet(z_tau, tau, context, frames=FRAMES, time_context=token, known=c_S)
@@ -179,18 +169,8 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
 
 
 @torch.no_grad()
-def between(
-    model: nn.Module,
-    image,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    stage: int,
-    clips: Clips,
-    config: Config,
-    run: Run,
-    *key: object,
-    label: str = "",
-) -> torch.Tensor:
+def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, stage: int, clips: Clips, config: Config,
+            run: Run, *key: object, label: str = "") -> torch.Tensor:
     """Three latents between each pair of ends, b c h w each -> b 5 c h w; the ends are kept as given."""
     b = len(first)
     z = torch.zeros(b, FRAMES, *image.shape, device=run.device)
@@ -208,31 +188,14 @@ def between(
             return guide(model(z_tau, tau, nothing, c_S, stages), output, config.guidance)
 
     noise = run.noise((b * FRAMES, *image.shape), "sample", *key)
-    sampled = image.diffusion.ddim(
-        predict,
-        noise,
-        config.ddim_steps,
-        config.eta,
-        run.generator("ddim", *key),
-        label=label,
-        clamp=1.0 if image.config.pixel else None,
-    )
+    sampled = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
+                                   label=label, clamp=1.0 if image.config.pixel else None)
     z[:, 1:-1] = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)[:, 1:-1]
     return z
 
 
-def interpolate(
-    model: nn.Module,
-    image,
-    z: torch.Tensor,
-    stage: int,
-    clips: Clips,
-    config: Config,
-    run: Run,
-    *key: object,
-    windows: int = 16,
-    label: str = "",
-) -> torch.Tensor:
+def interpolate(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
+                *key: object, windows: int = 16, label: str = "") -> torch.Tensor:
     """One pass over a video's latents: n c h w -> 4(n-1)+1 c h w. clips: one row of labels; windows: at a time."""
     pieces = []
     for start in range(0, len(z) - 1, windows):

@@ -114,38 +114,19 @@ class Upsampler(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        temporal = TemporalOptions(
-            alpha_frames=config.alpha_frames,
-            context_dim=config.level_dim,
-            known_channels=3,
-            known_features=config.known_features,
-            positions=False,
-        )  # Table 6: no position encoding here
+        temporal = TemporalOptions(alpha_frames=config.alpha_frames, context_dim=config.level_dim, known_channels=3,
+                                   known_features=config.known_features,
+                                   positions=False)  # Table 6: no position encoding here
         self.unet = channels_last(
-            UNet(
-                6,
-                3,
-                config.channels,
-                config.multipliers,
-                config.depth,
-                config.attention,
-                config.heads,
-                context_dim=config.level_dim,
-                temporal=temporal,
-            )
+            UNet(6, 3, config.channels, config.multipliers, config.depth, config.attention, config.heads,
+                 context_dim=config.level_dim, temporal=temporal)
         )
         self.level = nn.Sequential(
             nn.Linear(config.level_dim, config.level_dim), nn.SiLU(), nn.Linear(config.level_dim, config.level_dim)
         )
 
-    def forward(
-        self,
-        x_tau: torch.Tensor,
-        tau: torch.Tensor,
-        small: torch.Tensor,
-        level: torch.Tensor,
-        frames: int | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x_tau: torch.Tensor, tau: torch.Tensor, small: torch.Tensor, level: torch.Tensor,
+                frames: int | None = None) -> torch.Tensor:
         """x_tau: (b t) 3 4h 4w, small: (b t) 3 h w already noised to level; tau, level: b (images: one a picture)."""
         token = self.level(sinusoids(level, self.level[0].in_features))[:, None]  # b 1 d
         enlarged = F.interpolate(small, scale_factor=SCALE, mode="bilinear").to(x_tau)
@@ -251,15 +232,8 @@ def train_step(
 
 
 @torch.no_grad()
-def upsample(
-    model: Upsampler,
-    config: Config,
-    small: Iterable[torch.Tensor],
-    run: Run,
-    *key: object,
-    video: bool = True,
-    label: str = "",
-) -> Iterator[torch.Tensor]:
+def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], run: Run, *key: object,
+             video: bool = True, label: str = "") -> Iterator[torch.Tensor]:
     """Frames of one video, 3 h w each in [-1, 1], to 3 4h 4w on the CPU, in portions of `config.frames`.
 
     video False applies the image upsampler, alpha = 1, to the same noise.
@@ -271,13 +245,8 @@ def upsample(
         level = torch.full((groups,), config.level, device=run.device)
         low = noised(diffusion, part.to(run.device), level.repeat_interleave(t // groups), draw)
 
-        def predict(
-            x_tau: torch.Tensor,
-            tau: torch.Tensor,
-            low: torch.Tensor = low,
-            level: torch.Tensor = level,
-            frames: int | None = t if video else None,
-        ) -> torch.Tensor:
+        def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
+                    frames: int | None = t if video else None) -> torch.Tensor:
             with run.autocast():
                 return model(x_tau, tau[: len(level)], low, level, frames)
 

@@ -89,17 +89,8 @@ def first_latent(run: Run, config: Config, image, labels: Clips) -> torch.Tensor
         frame = read_first_frame(config.first_frame, image.config.height, image.config.width)
         with run.autocast():
             return image.encode(frame)
-    return lesson02.sample_images(
-        image.unet(),
-        image,
-        labels,
-        image.config.guidance,
-        run,
-        image.config.ddim_steps,
-        image.config.eta,
-        "first",
-        label="first frame",
-    )
+    return lesson02.sample_images(image.unet(), image, labels, image.config.guidance, run, image.config.ddim_steps,
+                                  image.config.eta, "first", label="first frame")
 
 
 def key_frames(
@@ -118,17 +109,8 @@ def key_frames(
         known = clip[:, -2:]
 
 
-def interpolated(
-    run: Run,
-    config: Config,
-    model,
-    settings,
-    image,
-    frames: Iterable[torch.Tensor],
-    stage: int,
-    labels: Clips,
-    future: int,
-) -> Iterator[torch.Tensor]:
+def interpolated(run: Run, config: Config, model, settings, image, frames: Iterable[torch.Tensor], stage: int,
+                 labels: Clips, future: int) -> Iterator[torch.Tensor]:
     """One interpolation pass over a stream: every frame given comes out again, with three new ones before the next."""
     last = None
     for number, batch in enumerate(batched(frames, 8)):
@@ -249,21 +231,14 @@ def show_plan(config: Config) -> None:
     lessons = (lesson04, lesson05, lesson06, lesson07)
     options = {lesson: preset_config(lesson.Config, lesson.PRESETS, config.preset) for lesson in lessons}
     with torch.device("meta"):
-        models = {
-            "image model": image.unet(),
-            "prediction": lesson05.build(options[lesson05], image),
-            "interpolation": lesson06.Interpolator(options[lesson06], image),
-            "video autoencoder": lesson04.video_autoencoder(image, options[lesson04].kernel),
-            "upsampler": lesson07.Upsampler(options[lesson07]),
-        }
+        models = {"image model": image.unet(), "prediction": lesson05.build(options[lesson05], image),
+                  "interpolation": lesson06.Interpolator(options[lesson06], image),
+                  "video autoencoder": lesson04.video_autoencoder(image, options[lesson04].kernel),
+                  "upsampler": lesson07.Upsampler(options[lesson07])}
     length, size = frame_count(config), (image.config.height, image.config.width)
     keys = -(-(length - 1) // 4**config.passes) + 1
-    shapes = {
-        "key frames": (keys, *image.shape),
-        "interpolated": (4**config.passes * (keys - 1) + 1, *image.shape),
-        "decoded": (length, 3, *size),
-        "upsampled": (length, 3, *(lesson07.SCALE * s for s in size)),
-    }
+    shapes = {"key frames": (keys, *image.shape), "interpolated": (4**config.passes * (keys - 1) + 1, *image.shape),
+              "decoded": (length, 3, *size), "upsampled": (length, 3, *(lesson07.SCALE * s for s in size))}
     dry_run(config, models, shapes)
     print(f"total parameters: {sum(count(m) for m in models.values())}")
 

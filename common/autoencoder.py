@@ -90,11 +90,8 @@ class Level(nn.Module):
 class Middle(nn.Module):
     def __init__(self, channels: int, block: type[nn.Module]) -> None:
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = (
-            block(channels, channels),
-            AttnBlock(channels),
-            block(channels, channels),
-        )
+        self.block_1, self.attn_1, self.block_2 = (block(channels, channels), AttnBlock(channels),
+                                                   block(channels, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -126,15 +123,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """b z H/f W/f -> b 3 H W. `up.i` counts from the highest resolution, as in the checkpoints."""
 
-    def __init__(
-        self,
-        channels: int,
-        multipliers: Sequence[int],
-        depth: int,
-        z_channels: int,
-        attention: bool,
-        block: type[nn.Module] = ResnetBlock,
-    ) -> None:
+    def __init__(self, channels: int, multipliers: Sequence[int], depth: int, z_channels: int, attention: bool,
+                 block: type[nn.Module] = ResnetBlock) -> None:
         super().__init__()
         width = multipliers[-1] * channels
         self.conv_in, self.mid = nn.Conv2d(z_channels, width, 3, padding=1), Middle(width, block)
@@ -179,17 +169,8 @@ class Autoencoder(nn.Module):
     checkpoint. encode and decode convert to and from scaled latents.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        multipliers: Sequence[int],
-        depth: int,
-        z_channels: int,
-        regularizer: str,
-        codes: int = 16384,
-        attention: bool = False,
-        block: type[nn.Module] = ResnetBlock,
-    ) -> None:
+    def __init__(self, channels: int, multipliers: Sequence[int], depth: int, z_channels: int, regularizer: str,
+                 codes: int = 16384, attention: bool = False, block: type[nn.Module] = ResnetBlock) -> None:
         super().__init__()
         if regularizer not in ("kl", "vq"):
             raise ValueError(f"regularizer {regularizer!r}: use kl or vq")

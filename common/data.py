@@ -88,13 +88,9 @@ class DrivingScenes:
         scenes = [Scene([*key, i, SPLITS.index(split)]) for i in range(count)]
         times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in range(count)]
         watched = list(zip(scenes, times, strict=True))
-        return batch(
-            [scene.render(t, self.height, self.width) for scene, t in watched],
-            [int(scene.night) for scene in scenes],
-            [scene.car_count(t) for scene, t in watched],
-            np.stack([scene.boxes(t) for scene, t in watched]),
-            [scene.caption for scene in scenes],
-        )
+        return batch([scene.render(t, self.height, self.width) for scene, t in watched],
+                     [int(scene.night) for scene in scenes], [scene.car_count(t) for scene, t in watched],
+                     np.stack([scene.boxes(t) for scene, t in watched]), [scene.caption for scene in scenes])
 
 
 # %% One clip of a folder: first when its frames are shown, then the frames that are wanted

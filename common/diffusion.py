@@ -26,14 +26,8 @@ class Diffusion:
     parameterization: "v" (target alpha eps - sigma x, Sec. 2) or "eps" (target eps).
     """
 
-    def __init__(
-        self,
-        schedule: str,
-        beta_start: float,
-        beta_end: float,
-        parameterization: str,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, schedule: str, beta_start: float, beta_end: float, parameterization: str,
+                 device: torch.device | str = "cpu") -> None:
         if parameterization not in ("v", "eps"):
             raise ValueError(f"parameterization {parameterization!r}: use v or eps")
         alpha_bar = torch.cumprod(1 - make_betas(schedule, beta_start, beta_end), 0)
@@ -79,16 +73,8 @@ class Diffusion:
         return (torch.arange(self.steps, 0, -self.steps / steps, dtype=torch.float64)[:steps].round() - 1).long()
 
     @torch.no_grad()
-    def ddim(
-        self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        noise: torch.Tensor,
-        steps: int,
-        eta: float,
-        generator: torch.Generator,
-        clamp: float | None = None,
-        label: str = "",
-    ) -> torch.Tensor:
+    def ddim(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int,
+             eta: float, generator: torch.Generator, clamp: float | None = None, label: str = "") -> torch.Tensor:
         """DDIM (Song et al.): eta 0 is deterministic, eta 1 ancestral.
 
         predict(x_tau, tau) gives the network's output; noise: b ...; clamp bounds the clean estimate (pixel models
@@ -96,23 +82,14 @@ class Diffusion:
         """
         times = self.ddim_times(steps).tolist()
         x = noise
-        for now, after in tqdm(
-            list(zip(times, times[1:] + [-1], strict=True)),
-            desc=label,
-            disable=not label or None,
-            leave=False,
-            mininterval=1.0,
-        ):
+        for now, after in tqdm(list(zip(times, times[1:] + [-1], strict=True)), desc=label, disable=not label or None,
+                               leave=False, mininterval=1.0):
             tau = torch.full((len(x),), now, device=x.device, dtype=torch.long)
             clean, eps = self.split(predict(x, tau).float(), x, tau)
             if after < 0:
                 return clean.clamp(-clamp, clamp) if clamp else clean
-            alpha, sigma, alpha_next, sigma_next = (
-                self.alpha[now],
-                self.sigma[now],
-                self.alpha[after],
-                self.sigma[after],
-            )
+            alpha, sigma, alpha_next, sigma_next = (self.alpha[now], self.sigma[now], self.alpha[after],
+                                                    self.sigma[after])
             if clamp:
                 clean = clean.clamp(-clamp, clamp)
                 eps = (x - alpha * clean) / sigma
@@ -124,13 +101,8 @@ class Diffusion:
         return x
 
     @torch.no_grad()
-    def loss_at(
-        self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        eps: torch.Tensor,
-        taus: list[int],
-    ) -> list[float]:
+    def loss_at(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
+                eps: torch.Tensor, taus: list[int]) -> list[float]:
         """Mean squared error at each noise level with the same noise: the training loss averages this away."""
         losses = []
         for level in taus:

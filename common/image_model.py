@@ -75,29 +75,16 @@ def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", b
     slots = torch.zeros(count, 1, MAX_CARS, 4)
     if boxes:
         slots[:, 0, : len(boxes)] = torch.tensor(boxes, dtype=torch.float32)
-    return Clips(
-        torch.zeros(count, 1, 3, 0, 0),
-        torch.full((count,), night),
-        torch.full((count,), cars),
-        slots,
-        [caption] * count,
-    )
+    return Clips(torch.zeros(count, 1, 3, 0, 0), torch.full((count,), night), torch.full((count,), cars), slots,
+                 [caption] * count)
 
 
 # %% The model
 
 
 def build_autoencoder(config, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
-    return Autoencoder(
-        config.ae_channels,
-        config.ae_multipliers,
-        config.ae_depth,
-        config.latent_channels,
-        config.regularizer,
-        config.codes,
-        config.ae_attention,
-        block,
-    )
+    return Autoencoder(config.ae_channels, config.ae_multipliers, config.ae_depth, config.latent_channels,
+                       config.regularizer, config.codes, config.ae_attention, block)
 
 
 class ImageModel:
@@ -123,18 +110,8 @@ class ImageModel:
     def unet(self, temporal: TemporalOptions | None = None) -> UNet:
         """The U-Net with this model's spatial weights, and with temporal layers where asked for."""
         c = self.config
-        unet = UNet(
-            self.shape[0],
-            self.shape[0],
-            c.channels,
-            c.multipliers,
-            c.depth,
-            c.attention,
-            c.heads,
-            c.head_channels,
-            c.context_dim if c.condition != "none" else 0,
-            temporal=temporal,
-        )
+        unet = UNet(self.shape[0], self.shape[0], c.channels, c.multipliers, c.depth, c.attention, c.heads,
+                    c.head_channels, c.context_dim if c.condition != "none" else 0, temporal=temporal)
         if self.weights:
             unet.load_state_dict(self.weights, strict=temporal is None)
         return channels_last(unet).to(self.device)

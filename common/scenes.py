@@ -30,14 +30,8 @@ SUPERSAMPLE = 2
 
 RGB = tuple[float, float, float]
 COLOURS: dict[str, RGB] = {
-    "red": (205, 35, 35),
-    "blue": (40, 80, 200),
-    "white": (235, 235, 235),
-    "yellow": (240, 205, 40),
-    "green": (40, 145, 70),
-    "purple": (130, 60, 165),
-    "orange": (240, 130, 30),
-    "black": (38, 38, 44),
+    "red": (205, 35, 35), "blue": (40, 80, 200), "white": (235, 235, 235), "yellow": (240, 205, 40),
+    "green": (40, 145, 70), "purple": (130, 60, 165), "orange": (240, 130, 30), "black": (38, 38, 44),
 }
 # land: ground, trees, shape of the skyline, chance of a tree, a house, a sign
 LANDS: dict[str, tuple[RGB, RGB, str, tuple[float, float, float]]] = {
@@ -227,12 +221,8 @@ def draw_car_side(view: View, car: Car, z: float, body: RGB, glass: RGB) -> None
         view.fill([(x, 0.25, z), (x, 0.6 * h, z), (x, 0.6 * h, back), (x, 0.25, back)], flank)
         view.fill([(x, 0.6 * h, z + start), (top, h, z + roof), (top, h, z + roof_end), (x, 0.6 * h, z + end)], flank)
         inner = mix((x, 0, 0), (top, 0, 0), 0.8)[0]
-        window = [
-            (x, 0.63 * h, z + start + 0.4),
-            (inner, 0.93 * h, z + roof + 0.1),
-            (inner, 0.93 * h, z + roof_end - 0.1),
-            (x, 0.63 * h, z + end - 0.4),
-        ]
+        window = [(x, 0.63 * h, z + start + 0.4), (inner, 0.93 * h, z + roof + 0.1),
+                  (inner, 0.93 * h, z + roof_end - 0.1), (x, 0.63 * h, z + end - 0.4)]
         view.fill(window, view.tone(glass, z))
         for middle in (0.8, 3.4):
             rim = [(x, 0.32 + 0.32 * math.sin(a), z + middle + 0.32 * math.cos(a)) for a in np.arange(8) * math.pi / 4]

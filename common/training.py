@@ -65,18 +65,8 @@ class BaseConfig:
 
 
 # what may differ between two runs into the same folder
-RUNTIME_FIELDS = {
-    "out",
-    "steps",
-    "device",
-    "precision",
-    "threads",
-    "save_every",
-    "resume",
-    "overwrite",
-    "dry_run",
-    "sample_boxes",
-}
+RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
+                  "sample_boxes"}
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -420,14 +410,8 @@ def load_part(part: nn.Module | torch.optim.Optimizer | EMA, state: dict, where:
         ) from None
 
 
-def training_loop(
-    run: Run,
-    steps: int,
-    parts: dict,
-    extra: dict | None = None,
-    file: str = "checkpoint.pt",
-    metrics: str = "metrics.csv",
-) -> Iterator[int]:
+def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, file: str = "checkpoint.pt",
+                  metrics: str = "metrics.csv") -> Iterator[int]:
     """Yields step numbers; around them it resumes, saves, shows progress and answers Ctrl-C and SIGTERM.
 
     parts: modules, optimizers and EMA by name, restored with --resume and saved every `save_every` steps, at the last

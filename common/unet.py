@@ -67,21 +67,9 @@ class UNet(nn.Module):
     linear: Linear projections in transformers (SD 2.x) rather than 1x1 convolutions (SD 1.x).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: int,
-        multipliers: Sequence[int],
-        depth: int,
-        attention: Sequence[int],
-        heads: int = 0,
-        head_channels: int = 0,
-        context_dim: int = 0,
-        label_classes: int = 0,
-        linear: bool = True,
-        temporal: TemporalOptions | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, channels: int, multipliers: Sequence[int], depth: int,
+                 attention: Sequence[int], heads: int = 0, head_channels: int = 0, context_dim: int = 0,
+                 label_classes: int = 0, linear: bool = True, temporal: TemporalOptions | None = None) -> None:
         super().__init__()
         self.channels, self.temporal, emb = channels, temporal, 4 * channels
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -131,17 +119,9 @@ class UNet(nn.Module):
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
         self.factor = 2 ** (len(multipliers) - 1)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        tau: torch.Tensor,
-        context: torch.Tensor | None = None,
-        *,
-        label: torch.Tensor | None = None,
-        frames: int | None = None,
-        time_context: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None = None, *,
+                label: torch.Tensor | None = None, frames: int | None = None, time_context: torch.Tensor | None = None,
+                known: torch.Tensor | None = None) -> torch.Tensor:
         """(b t) c h w -> (b t) c' h w. Height and width must be divisible by `factor`.
 
         tau, label: one value a clip (b) or a frame (b t); context: tokens for the spatial layers, b n d or (b t) n d;
