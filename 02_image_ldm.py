@@ -98,11 +98,11 @@ class Config(BaseConfig):
     beta_start: float = 0.0015  # first beta
     beta_end: float = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: int = 1800  # training steps of the U-Net
+    steps: int = 2300  # training steps of the U-Net
     batch: int = 16  # frames per step
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
-    ema_decay: float = 0.995  # decay of the weight average
+    ema_decay: float = 0.998  # decay of the weight average
     p_drop: float = 0.1  # probability of dropping the condition
     ddim_steps: int = 50  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral

@@ -56,6 +56,8 @@ NIGHT_SKIES: tuple[tuple[RGB, RGB], ...] = (
 )
 ROADS: tuple[RGB, ...] = ((66, 68, 76), (112, 112, 116), (156, 150, 140), (132, 92, 82), (82, 92, 122))
 WALLS: tuple[RGB, ...] = ((222, 206, 176), (190, 120, 96), (168, 182, 196), (214, 188, 120))
+ROOFS: tuple[RGB, ...] = ((190, 70, 62), (80, 108, 190), (140, 84, 162), (72, 70, 72))
+PLATES: tuple[RGB, ...] = tuple(COLOURS[name] for name in ("red", "blue", "yellow"))
 
 
 def project(x: float, y: float, z: float, curvature: float) -> tuple[float, float]:
@@ -328,14 +330,19 @@ class Scene:
         """One side's table: (kind, metres along the slot, x, size, colour, colour) per slot."""
         edge = self.left if side < 0 else self.right
         near = side * max(abs(edge) + 3.0, 7.0)
+        # all slots in one draw of each kind: a draw for every slot would take longer than the picture
+        kinds = rng.choice(3, SLOTS, p=LANDS[self.land][3]).tolist()
+        places, sizes = rng.uniform(0, 0.3 * SLOT, SLOTS).tolist(), rng.random(SLOTS).tolist()
+        walls, roofs, plates = (rng.integers(n, size=SLOTS).tolist() for n in (len(WALLS), len(ROOFS), len(PLATES)))
         table = []
-        for kind in rng.choice(["tree", "house", "sign"], SLOTS, p=LANDS[self.land][3]):
-            size = float(rng.uniform(3.4, 5.0) if kind == "tree" else rng.uniform(5.0, 6.5))
-            x = near + side * (0.0 if kind != "house" else 2.5 + size / 2)
-            wall, roof = WALLS[rng.integers(len(WALLS))], COLOURS[str(rng.choice(["red", "blue", "purple", "black"]))]
-            sign = COLOURS[str(rng.choice(["red", "blue", "yellow"]))]
-            first = wall if kind == "house" else sign
-            table.append((str(kind), float(rng.uniform(0, 0.3 * SLOT)), x, size, first, mix(roof, wall, 0.3)))
+        for kind, place, size, wall, roof, plate in zip(kinds, places, sizes, walls, roofs, plates, strict=True):
+            if kind == 0:
+                table.append(("tree", place, near, 3.4 + 1.6 * size, self.tree, self.tree))
+            elif kind == 1:
+                width, first = 5.0 + 1.5 * size, WALLS[wall]
+                table.append(("house", place, near + side * (2.5 + width / 2), width, first, ROOFS[roof]))
+            else:
+                table.append(("sign", place, near, 1.0, PLATES[plate], PLATES[plate]))
         return table
 
     def _draw_cars(self, rng: np.random.Generator) -> list[Car]:
@@ -457,7 +464,7 @@ class Scene:
             else:
                 kind, _, x, size, first, second = thing
                 if kind == "tree":
-                    draw_tree(view, x, z, size, self.tree, self.land)
+                    draw_tree(view, x, z, size, first, self.land)
                 elif kind == "house":
                     draw_house(view, x, z, size, first, second)
                 else:

@@ -10,10 +10,10 @@ from common.scenes import COLOURS, DASH_PERIOD, MAX_CARS, MIN_AREA, Scene
 KEY_FRAMES = np.arange(8) / (30 / 16)
 SEEDS = range(40)
 CAPTIONS = [
-    "a white car ahead and one oncoming car on a straight road at night in the town",
+    "a purple car ahead and one oncoming car on a straight road at night in the town",
     "an orange car of two ahead and one oncoming car on a right curve by day in the snow",
-    "a green car of three ahead and two oncoming cars on a left curve at night in the town",
-    "a green car ahead and one oncoming car on a left curve at night in the town",
+    "a yellow car of three ahead and two oncoming cars on a left curve at night in the town",
+    "a white car ahead and one oncoming car on a left curve at night in the town",
 ]
 
 
