@@ -103,7 +103,7 @@ class Config(BaseConfig):
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
     ema_decay: float = 0.998  # decay of the weight average
-    p_drop: float = 0.1  # probability of dropping the condition
+    p_drop: float = 0.3  # probability of dropping the condition; most samples of this course are unconditional
     ddim_steps: int = 50  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral
     guidance: float = 2.0  # scale of classifier-free guidance on the condition
@@ -112,7 +112,7 @@ class Config(BaseConfig):
 
 PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,
              square_weight=0.0, ae_batch=64, ae_steps=200_000, gan_start=50_000, gan_weight=0.6, warmup=1,
-             ema_decay=0.9999, lr=1e-4)
+             ema_decay=0.9999, lr=1e-4, p_drop=0.1)
 PRESETS: dict[str, dict] = {
     "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
                   channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
@@ -121,7 +121,7 @@ PRESETS: dict[str, dict] = {
     "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
                 ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
                 attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999, warmup=1000,
-                ddim_steps=100, save_every=2000),
+                p_drop=0.1, ddim_steps=100, save_every=2000),
     # Tables 6 and 8, driving. Autoencoder: LDM's VQ-f8; its training length is not in the paper (a guess stands above).
     # Attention resolutions 16, 8, 4 are widths of feature maps of 32-wide latents: factors 2, 4, 8.
     "paper": PAPER

@@ -56,7 +56,7 @@ NAME = "03_temporal_layers"
 class Config(BaseConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
-    steps: int = 700  # training steps
+    steps: int = 1100  # training steps
     batch: int = 2  # clips per step
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up
