@@ -14,18 +14,8 @@ from common.training import UserError
 matplotlib.use("Agg")  # no screen on a cluster
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 100,
-        "savefig.bbox": "tight",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "font.size": 9,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.grid": True, "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False})
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
@@ -35,10 +25,14 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
 
 
 def sheet(rows: Sequence[torch.Tensor], path: Path, gap: int = 2) -> None:
-    """Writes rows of pictures, each `n c h w` in [-1, 1], as one PNG; a clip a row makes a film strip."""
-    strips = []
+    """Writes rows of pictures, each `n c h w` in [-1, 1], as one PNG; a clip a row makes a film strip.
+
+    Small pictures are doubled, to be seen; with gap 0, a single picture is written as it is.
+    """
+    strips, zoom = [], 2 if gap and rows[0].shape[-1] < 200 else 1
     for row in rows:
-        pictures = [np.pad(picture, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for picture in to_uint8(row)]
+        pictures = to_uint8(row).repeat(zoom, axis=1).repeat(zoom, axis=2)
+        pictures = [np.pad(picture, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for picture in pictures]
         strips.append(np.concatenate(pictures, axis=1))
     width = max(strip.shape[1] for strip in strips)
     strips = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
