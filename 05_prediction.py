@@ -66,7 +66,7 @@ class Config(BaseConfig):
     temporal: Literal["both", "attention", "conv"] = "both"  # which temporal layers (attention: twice as many)
     end_to_end: bool = False  # train spatial and temporal layers together from nothing
     pixel: bool = False  # on the pixel-space image model of 02_image_ldm.py --pixel
-    steps: int = 500  # training steps
+    steps: int = 850  # training steps
     batch: int = 2  # clips per step
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up

@@ -57,7 +57,7 @@ class Config(BaseConfig):
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
-    steps: int = 500  # training steps
+    steps: int = 750  # training steps
     batch: int = 4  # clips per step, half of each rate
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up
