@@ -430,7 +430,7 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
         for name, part in parts.items():
             load_part(part, content.get(name, {}), path)
         start = content["step"]
-        extra.update({k: v for k, v in content.items() if k not in (*parts, *extra, "script", "step", "config")})
+        extra.update({k: v for k, v in content.items() if k not in (*parts, "script", "step", "config")})
     keep_rows_before(run.metrics, start)
     previous = {}
     with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
