@@ -367,7 +367,8 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
             run.report("latent scale", float(image.autoencoder.scale))
             pick = slice(0, min(8, config.samples))
             sheet([held_out.video[pick, 0], decoded[pick, 0]], run.folder / "reconstructions.png")
-            plot_metrics(run.folder / "autoencoder.csv", ["l1", "gan_weight"], "autoencoder")
+            if (run.folder / "autoencoder.csv").exists():  # variants share the autoencoder of 02_image_ldm
+                plot_metrics(run.folder / "autoencoder.csv", ["l1", "gan_weight"], "autoencoder")
     with ema.applied():
         image.conditioner = model["conditioner"]
         context, taus = image.conditioner(held_out), [50, 200, 400, 600, 800, 950]

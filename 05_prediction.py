@@ -190,7 +190,8 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     if config.end_to_end:
         image.weights = {}
     unet = build(config, image)
-    if not config.end_to_end and not config.pixel:
+    # pixels have no lesson 3; attention alone has feed-forward layers of another width: they start afresh
+    if not (config.end_to_end or config.pixel or config.temporal == "attention"):
         lesson03.grow(unet, lesson03.load_temporal(run, image))
     optimizer, ema = adamw(unet, config.lr), EMA(unet, config.ema_decay)
     diffusion, shares = image.diffusion, torch.tensor(config.context_shares)

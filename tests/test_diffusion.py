@@ -63,8 +63,8 @@ def test_ddim_reaches_a_gaussian(parameterization: str, eta: float) -> None:
         return diffusion.target(clean, (x - alpha * clean) / sigma, tau)
 
     generator = torch.Generator().manual_seed(0)
-    # ancestral steps narrow the distribution until they are small: 1000 of them for eta > 0
-    x = diffusion.ddim(exact, torch.randn(20_000, 1, generator=generator), 1000 if eta else 100, eta, generator)
+    # few steps narrow the distribution, with any eta: 100 leave 0.374 of 0.4
+    x = diffusion.ddim(exact, torch.randn(20_000, 1, generator=generator), 1000, eta, generator)
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
     assert float(x.std()) == pytest.approx(s, abs=0.02)
 

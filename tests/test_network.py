@@ -87,7 +87,7 @@ def test_changing_frame_3_changes_frame_0(options: TemporalOptions) -> None:
         before = video_call(video, given)
         given["x"][3] += 1
         after = video_call(video, given)
-    assert (after[0] - before[0]).abs().max() > 1e-4
+    assert (after[0] - before[0]).abs().max() > 1e-5  # exactly 0 where frames do not mix
     assert torch.equal(after[T:], before[T:])  # the other clip of the batch does not notice
 
 

@@ -117,7 +117,7 @@ def test_spatial_weights_did_not_move(course: Path) -> None:
     [
         ("03_temporal_layers", [], "make it with: python 02_image_ldm.py --preset smoke"),
         ("05_prediction", ["--context-shares", "1", "2"], "three numbers"),
-        ("02_image_ldm", ["--data", "no/such/folder"], "no such folder"),
+        ("02_image_ldm", ["--data", "no/such/folder"], "cannot be read"),
         ("02_image_ldm", ["--height", "18"], "not divisible"),
         ("02_image_ldm", ["--preset", "huge"], "smoke, cpu"),
         ("02_image_ldm", ["--device", "abacus"], "--device abacus"),
