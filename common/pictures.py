@@ -74,7 +74,8 @@ class VideoWriter:
             raise UserError('mp4 needs the video extra: pip install av (or pip install -e ".[video]")') from None
         from fractions import Fraction
 
-        self.av, self.container = av, av.open(str(path), "w")
+        self.av, self.path, self.part = av, path, path.with_suffix(".part.mp4")  # renamed when it is whole
+        self.container = av.open(str(self.part), "w")
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self.stream.height, self.stream.width = height // 2 * 2, width // 2 * 2
         self.stream.pix_fmt, self.stream.options = "yuv420p", {"crf": "18"}
@@ -89,6 +90,7 @@ class VideoWriter:
         for packet in self.stream.encode():
             self.container.mux(packet)
         self.container.close()
+        self.part.replace(self.path)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
