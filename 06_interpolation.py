@@ -74,7 +74,7 @@ PRESETS: dict[str, dict] = {
     "cpu": {},
     "gpu": PAPER | dict(steps=30_000, batch=32, warmup=1000, alpha_frames=1, save_every=2000),
     "paper": PAPER | dict(steps=42_000, batch=384, guidance=2.0),  # Table 6: 16 clips on each of 24 GPUs
-    "biking": PAPER | dict(steps=33_000, batch=120),
+    "biking": PAPER | dict(steps=33_000, batch=120, eta=1.0),
 }
 
 

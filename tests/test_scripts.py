@@ -82,6 +82,8 @@ def test_the_paper_preset_is_table_6(capsys: pytest.CaptureFixture) -> None:
     interpolation = rows_of("06_interpolation", capsys)
     assert interpolation["clips"] == "(384, 5, 4, 16, 32)" and interpolation["stage token"] == "(384, 1, 512)"
     assert interpolation["eta"] == "0.0" and interpolation["ddim_steps"] == "50"
+    import_module("06_interpolation").main(["--preset", "biking", "--dry-run"])
+    assert "eta: 1.0" in capsys.readouterr().out.splitlines()  # the other column of Table 6
     upsampler = rows_of("07_upsampler", capsys)
     assert upsampler["large frames"] == "(8, 3, 512, 1024)" and upsampler["image_lr"] == "1e-05"
 
