@@ -33,6 +33,7 @@ from common.measures import box_mask, flicker, psnr
 from common.pictures import animation, plot_metrics, sheet
 from common.scenes import MAX_CARS
 from common.training import (
+    EMA,
     BaseConfig,
     Run,
     UserError,
@@ -61,21 +62,23 @@ NAME = "04_decoder_finetune"
 class Config(BaseConfig):
     frames: int = 6  # frames of a training clip
     kernel: int = 3  # temporal kernel, of kernel x 3 x 3 convolutions
-    steps: int = 260  # training steps
+    steps: int = 450  # training steps
     batch: int = 2  # clips per step
-    lr: float = 4e-4  # learning rate of decoder and discriminators
+    lr: float = 6e-4  # learning rate of decoder and discriminators
     warmup: int = 20  # steps of linear warm-up
+    ema_decay: float = 0.99  # decay of the weight average; 0 is none
     freeze_spatial: bool = False  # train the new temporal layers only
     perceptual_weight: float = 0.1  # weight of the perceptual term
     lpips: str = ""  # TorchScript file (x, y in [-1, 1] -> distance) to use as perceptual term
     feature_steps: int = 250  # training steps of the feature network when there is no LPIPS file
-    gan_start: int = 130  # step at which the discriminators join
+    gan_start: int = 320  # step at which the discriminators join
     gan_weight: float = 0.1  # times the adaptive weight
     image_discriminator: bool = False  # an additional frame-wise discriminator (Table 14)
     samples: int = 8  # held-out clips in the numbers
 
 
-PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000)
+PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000,
+             ema_decay=0.0)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
     "cpu": {},
@@ -154,7 +157,7 @@ def load(run: Run, image) -> tuple[Autoencoder, int]:
     check_lineage(content, image.lineage, path, remedy)
     autoencoder = video_autoencoder(image, content["config"]["kernel"])
     train_decoder(autoencoder, content["config"]["freeze_spatial"])
-    load_part(autoencoder, content["autoencoder"], path)
+    load_part(autoencoder, content["ema"]["shadow"], path)
     return autoencoder.requires_grad_(False).eval(), content["config"]["frames"]
 
 
@@ -288,6 +291,7 @@ def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoe
     critic_optimizer = torch.optim.Adam(critics.parameters(), config.lr, betas=(0.5, 0.9))
     parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
              "critic_optimizer": critic_optimizer}
+    ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
     # the adaptive weight is taken at the decoder's last layer, or at its last trained one
     last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
@@ -316,7 +320,9 @@ def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoe
                 critic_loss = sum(lesson02.hinge_loss(c(video).float(), c(clip.detach()).float()) for c in critics)
             critic_loss.backward()
             critic_optimizer.step()
+        ema.update()
         run.log(step, l1=l1, perceptual=perceptual, gan_weight=weight, critic=critic_loss)
+    ema.use()
     return autoencoder.eval()
 
 

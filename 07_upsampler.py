@@ -199,7 +199,7 @@ def train(run: Run, config: Config, source, image) -> Upsampler:
         for step in training_loop(run, steps, parts, {"lineage": size_lineage(image)}, f"{name}.pt", metrics):
             train_step(run, config, source, model, optimizer, step, batch, lr, frames)
             ema.update()
-        ema._copy(ema.shadow)  # the temporal layers are trained on the averaged image upsampler, and both are judged so
+        ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
     return model
 
 

@@ -361,11 +361,15 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Inside, the module holds the averaged weights; afterwards the trained ones again."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._copy(self.shadow)
+        self.use()
         try:
             yield
         finally:
             self._copy(trained)
+
+    def use(self) -> None:
+        """Gives the module the averaged weights for good."""
+        self._copy(self.shadow)
 
     @torch.no_grad()
     def _copy(self, values: dict[str, torch.Tensor]) -> None:
