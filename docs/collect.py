@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- numbers: written by docs/collect.py -->\n", "<!-- end of numbers -->"
@@ -27,12 +29,33 @@ def collect(out: Path, name: str) -> None:
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
         shown = picture.name in SHOWN.get(picture.parent.name, ()) and (name == "driving" or picture.name in GENERATED)
-        if shown and picture.stat().st_size > LIMIT:
-            print(f"left out, over {LIMIT} bytes: {picture}")
-        elif shown:
+        if shown:
             suffix = "" if name == "driving" else f"_{name}"
-            target = f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}"
-            shutil.copy(picture, DOCS / "figures" / target)
+            copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
+
+
+def copy_small(picture: Path, target: Path) -> None:
+    """Copies a picture; one over the limit is made smaller, an animation also shorter of frames."""
+    shutil.copy(picture, target)
+    for step, width in ((1, 512), (2, 512), (2, 384), (3, 384), (3, 320), (4, 320), (4, 256)):
+        if target.stat().st_size <= LIMIT:
+            return
+        with Image.open(picture) as image:
+            size = (width, round(image.height * width / image.width))
+            if picture.suffix == ".png":  # large still pictures shrink by width alone
+                size = tuple(side * 3 for side in size)
+            frames, count = [], getattr(image, "n_frames", 1)
+            for i in range(0, count, step):
+                image.seek(i)
+                frames.append(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+            pause = round(step * image.info.get("duration", 100))
+        if picture.suffix == ".png":
+            frames[0].quantize(128).save(target, optimize=True)
+        elif picture.suffix == ".gif":
+            small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
+            small[0].save(target, save_all=True, append_images=small[1:], duration=pause, loop=0)
+        else:
+            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=55)
 
 
 SHOWN = {
