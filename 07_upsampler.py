@@ -77,11 +77,11 @@ class Config(BaseConfig):
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
     max_level: int = 250  # noise augmentation in training: uniform in 0 to this
     level: int = 150  # noise augmentation when sampling
-    image_steps: int = 500  # training steps of the image upsampler
+    image_steps: int = 400  # training steps of the image upsampler
     image_batch: int = 16  # patches per step
     image_lr: float = 1e-3  # its learning rate
-    steps: int = 300  # training steps of the temporal layers
-    batch: int = 4  # clips of patches per step
+    steps: int = 260  # training steps of the temporal layers
+    batch: int = 2  # clips of patches per step
     lr: float = 1e-3  # their learning rate
     warmup: int = 50  # steps of linear warm-up
     ema_decay: float = 0.995  # decay of the weight average
