@@ -85,7 +85,7 @@ class Config(BaseConfig):
     lr: float = 1e-3  # their learning rate
     warmup: int = 50  # steps of linear warm-up
     ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 8  # sampling steps
+    ddim_steps: int = 4  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral
     samples: int = 2  # held-out clips in the numbers
 
