@@ -64,9 +64,9 @@ class Config(BaseConfig):
     frames: int = 8  # T, frames of a training clip, and of a portion when sampling
     fps: float = 0.0  # frame rate of the training clips; 0: the final rate
     channels: int = 32  # base width
-    multipliers: tuple[int, ...] = (1, 2, 4)  # factor of the width per level
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)  # factor of the width per level
     depth: int = 1  # residual blocks per level
-    attention: tuple[int, ...] = (4,)  # downsampling factors with transformers
+    attention: tuple[int, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a full frame
     heads: int = 4  # attention heads
     level_dim: int = 64  # width of the token that tells the noise level
     known_features: int = 32  # channels c_S is embedded to ("context channels")
@@ -77,17 +77,17 @@ class Config(BaseConfig):
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
     max_level: int = 250  # noise augmentation in training: uniform in 0 to this
     level: int = 150  # noise augmentation when sampling
-    image_steps: int = 400  # training steps of the image upsampler
+    image_steps: int = 350  # training steps of the image upsampler
     image_batch: int = 16  # patches per step
     image_lr: float = 1e-3  # its learning rate
-    steps: int = 260  # training steps of the temporal layers
+    steps: int = 230  # training steps of the temporal layers
     batch: int = 2  # clips of patches per step
     lr: float = 1e-3  # their learning rate
     warmup: int = 50  # steps of linear warm-up
     ema_decay: float = 0.995  # decay of the weight average
     ddim_steps: int = 4  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral
-    samples: int = 2  # held-out clips in the numbers
+    samples: int = 1  # held-out clips in the numbers
 
 
 PRESETS: dict[str, dict] = {
