@@ -62,25 +62,32 @@ class Diffusion:
             return (x_tau - sigma * output) / alpha, output
         return alpha * x_tau - sigma * output, sigma * x_tau + alpha * output
 
-    def ddim_times(self, steps: int) -> torch.Tensor:
+    def ddim_times(self, steps: int, power: float = 1.0) -> torch.Tensor:
         """Exactly `steps` distinct diffusion times, from 999 (pure noise, where sampling begins) downwards.
+
+        Evenly spaced with power 1, finer towards the data with more (only for few steps: times must stay distinct).
 
         LDM's range(0, 1000, 1000 // n) + 1 gives another number of steps whenever n does not divide 1000, and begins
         below 999, where the noise it is handed is not what the model was trained on.
         """
         if not 1 <= steps <= self.steps:
             raise ValueError(f"DDIM steps {steps}: use 1 to {self.steps}")
-        return (torch.arange(self.steps, 0, -self.steps / steps, dtype=torch.float64)[:steps].round() - 1).long()
+        even = torch.arange(steps, 0, -1, dtype=torch.float64) / steps  # 1 down to 1 / steps
+        times = ((even**power * self.steps).round() - 1).clamp(min=0).long()
+        if len(times.unique()) < steps:
+            raise ValueError(f"DDIM steps {steps}: too many for times spaced with power {power:g}")
+        return times
 
     @torch.no_grad()
     def ddim(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int,
-             eta: float, generator: torch.Generator, clamp: float | None = None, label: str = "") -> torch.Tensor:
+             eta: float, generator: torch.Generator, clamp: float | None = None, label: str = "",
+             power: float = 1.0) -> torch.Tensor:
         """DDIM (Song et al.): eta 0 is deterministic, eta 1 ancestral.
 
         predict(x_tau, tau) gives the network's output; noise: b ...; clamp bounds the clean estimate (pixel models
         know their range); label, if given, names the progress bar.
         """
-        times = self.ddim_times(steps).tolist()
+        times = self.ddim_times(steps, power).tolist()
         x = noise
         for now, after in tqdm(list(zip(times, times[1:] + [-1], strict=True)), desc=label, disable=not label or None,
                                leave=False, mininterval=1.0):
