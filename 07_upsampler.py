@@ -77,8 +77,8 @@ class Config(BaseConfig):
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
     max_level: int = 250  # noise augmentation in training: uniform in 0 to this
     level: int = 150  # noise augmentation when sampling
-    image_steps: int = 900  # training steps of the image upsampler
-    image_batch: int = 16  # patches per step
+    image_steps: int = 1800  # training steps of the image upsampler
+    image_batch: int = 6  # patches per step; in minutes, many steps on few patches give most
     image_lr: float = 2e-3  # its learning rate
     steps: int = 230  # training steps of the temporal layers
     batch: int = 2  # clips of patches per step
