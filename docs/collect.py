@@ -22,7 +22,7 @@ TITLES = {"driving": "On the procedural scenes", "real": "On real dashcam clips"
 def collect(out: Path, name: str) -> None:
     numbers = {}
     for path in sorted(out.glob("0*/numbers.json")):
-        environment = dict(line.split(" ", 1) for line in (path.parent / "env.txt").read_text().splitlines())
+        environment = dict(line.partition(" ")[::2] for line in (path.parent / "env.txt").read_text().splitlines())
         command = environment["command"].replace(" --resume", "").replace(" --overwrite", "")
         numbers[path.parent.name] = {"command": command, "numbers": json.loads(path.read_text())}
     (DOCS / "numbers").mkdir(exist_ok=True)
