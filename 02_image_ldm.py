@@ -312,7 +312,7 @@ def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.
 def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: float, run: Run, steps: int, eta: float,
                   *key: object, label: str = "") -> torch.Tensor:
     """Latents of one frame for each row of `clips` (whose labels, boxes or captions condition it): b c h w."""
-    count = len(clips.night)
+    count = len(clips)
     context = image.conditioner(clips)
     nothing = image.conditioner(clips, torch.ones(count, dtype=torch.bool))
 
@@ -398,10 +398,7 @@ def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
     if config.condition == "labels" and source.labelled:
         return [conditions(count, 0, 0), conditions(count, 0, 2), conditions(count, 1, 2)]
     if config.condition in ("boxes", "text"):
-        return [
-            Clips(held_out.video[:count], held_out.night[:count], held_out.cars[:count], held_out.boxes[:count],
-                  held_out.captions[:count])
-        ]
+        return [held_out.pick(range(count))]
     return [conditions(count), conditions(count)]
 
 

@@ -156,7 +156,7 @@ def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps
 
     frames None samples `length` frames a row with the image model: the same noise, and every frame on its own.
     """
-    count, length = len(clips.night), frames or length
+    count, length = len(clips), frames or length
     context = image.conditioner(clips)
     nothing = image.conditioner(clips, torch.ones(count, dtype=torch.bool))
 

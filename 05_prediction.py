@@ -253,13 +253,6 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
     return rearrange(z, "(b t) c h w -> b t c h w", b=b)
 
 
-def rows(clips: Clips, times: int) -> Clips:
-    """Every row of the labels `times` times."""
-    pick = torch.arange(len(clips.night)).repeat_interleave(times)
-    return Clips(clips.video[pick], clips.night[pick], clips.cars[pick], clips.boxes[pick],
-                 [clips.captions[i] for i in pick.tolist()])
-
-
 # %% Figures and numbers
 
 
@@ -279,7 +272,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
     with ema.applied():
         futures = decode(
             predict_clips(
-                unet, image, z[:, :1].repeat_interleave(n, 0), rows(real, n), config, run, 1, label="futures, S = 1"
+                unet, image, z[:, :1].repeat_interleave(n, 0), real.repeat(n), config, run, 1, label="futures, S = 1"
             )
         )
         second = decode(predict_clips(unet, image, z[:, :2], real, config, run, 2, label="S = 2"))

@@ -129,10 +129,7 @@ def both_rates(source, key: tuple[int, ...], count: int, final_fps: float) -> tu
         source.clips((*key, stage), max(1, n), FRAMES, fps)
         for stage, n, fps in ((0, count - half, final_fps / 4), (1, half, final_fps))
     )
-    both = [
-        torch.cat([getattr(slow, name), getattr(fast, name)[:half]]) for name in ("video", "night", "cars", "boxes")
-    ]
-    return Clips(*both, slow.captions + fast.captions[:half]), torch.tensor([0] * (count - half) + [1] * half)
+    return slow.join(fast.pick(range(half))), torch.tensor([0] * (count - half) + [1] * half)
 
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
@@ -202,7 +199,7 @@ def interpolate(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Cli
         ends = z[start : start + windows + 1]
         pairs = len(ends) - 1
         part = between(
-            model, image, ends[:-1], ends[1:], stage, lesson05.rows(clips, pairs), config, run, *key, start, label=label
+            model, image, ends[:-1], ends[1:], stage, clips.repeat(pairs), config, run, *key, start, label=label
         )
         pieces.append(rearrange(part[:, :-1], "b t c h w -> (b t) c h w"))
     return torch.cat([*pieces, z[-1:]])

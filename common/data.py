@@ -14,12 +14,12 @@ caption of CLIP.mp4.
 """
 
 import csv
+import dataclasses
 import functools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ LOOKED_FOR = "mp4, mov, avi, mkv, webm; animated gif, webp, apng, png; sub-folde
 MEMORY = 2 * 2**30  # bytes of decoded frames to keep; clips beyond it are decoded again each time
 
 
-@dataclass
+@dataclasses.dataclass
 class Clips:
     """A batch of clips and what is known about them."""
 
@@ -47,6 +47,25 @@ class Clips:
     cars: torch.Tensor  # b, int64: cars in view ("crowdedness"), -1 unknown
     boxes: torch.Tensor  # b t MAX_CARS 4, float32: x0 y0 x1 y1 in [0, 1], zeros where absent or unknown
     captions: list[str]  # "" where unknown
+    speed: torch.Tensor  # b, float32: of the camera, m/s, nan where unknown
+    curvature: torch.Tensor  # b, float32: of the road, 1/m, positive to the right, nan where unknown
+
+    def __len__(self) -> int:
+        return len(self.night)
+
+    def pick(self, rows: Sequence[int]) -> "Clips":
+        """The clips of these row numbers, in this order; a row may come more than once."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "captions"}
+        return Clips(captions=[self.captions[i] for i in rows], **{k: v[list(rows)] for k, v in tensors.items()})
+
+    def repeat(self, times: int) -> "Clips":
+        """Every clip `times` times in a row."""
+        return self.pick([i for i in range(len(self)) for _ in range(times)])
+
+    def join(self, other: "Clips") -> "Clips":
+        """These clips and behind them the others."""
+        both = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return Clips(**{name: a + b if name == "captions" else torch.cat([a, b]) for name, a, b in both})
 
 
 def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:
@@ -54,11 +73,13 @@ def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([*key, i, SPLITS.index(split)], spawn_key=(1,)))
 
 
-def batch(frames: list[np.ndarray], night: list, cars: list, boxes: np.ndarray, captions: list[str]) -> Clips:
+def batch(frames: list[np.ndarray], night: list, cars: list, boxes: np.ndarray, captions: list[str],
+          speed: list[float], curvature: list[float]) -> Clips:
     """Clips from frames (t h w c, uint8) and labels, one entry a clip; boxes: b t MAX_CARS 4."""
     video = rearrange(torch.from_numpy(np.stack(frames)), "b t h w c -> b t c h w").float() / 127.5 - 1
     labels = torch.tensor(night, dtype=torch.int64), torch.tensor(cars, dtype=torch.int64)
-    return Clips(video.contiguous(), *labels, torch.from_numpy(boxes), captions)
+    return Clips(video.contiguous(), *labels, torch.from_numpy(boxes), captions, torch.tensor(speed),
+                 torch.tensor(curvature))
 
 
 @functools.cache  # every message once, however often the same folder or request comes
@@ -90,13 +111,14 @@ class DrivingScenes:
         watched = list(zip(scenes, times, strict=True))
         return batch([scene.render(t, self.height, self.width) for scene, t in watched],
                      [int(scene.night) for scene in scenes], [scene.car_count(t) for scene, t in watched],
-                     np.stack([scene.boxes(t) for scene, t in watched]), [scene.caption for scene in scenes])
+                     np.stack([scene.boxes(t) for scene, t in watched]), [scene.caption for scene in scenes],
+                     [scene.speed for scene in scenes], [scene.curvature for scene in scenes])
 
 
 # %% One clip of a folder: first when its frames are shown, then the frames that are wanted
 
 
-@dataclass
+@dataclasses.dataclass
 class Recording:
     """One clip of a folder."""
 
@@ -353,7 +375,9 @@ class VideoFolder:
             video.append(self.frames(recording, nearest(recording.times, start + np.arange(frames) / fps)))
             chosen.append(recording)
         night, cars, captions = zip(*((r.night, r.cars, r.caption) for r in chosen), strict=True)
-        return batch(video, night, cars, np.zeros((count, frames, MAX_CARS, 4), np.float32), list(captions))
+        unknown = [math.nan] * count
+        return batch(video, night, cars, np.zeros((count, frames, MAX_CARS, 4), np.float32), list(captions), unknown,
+                     unknown)
 
     def pool(self, frames: int, fps: float, split: str) -> list[Recording]:
         """The long and fast enough clips of a split; where it has none, the other split's, with a note."""

@@ -48,7 +48,7 @@ class Conditioner(nn.Module):
         if self.kind == "none":
             return None
         device = next(self.parameters()).device
-        drop = torch.zeros(len(clips.night), dtype=torch.bool) if drop is None else drop
+        drop = torch.zeros(len(clips), dtype=torch.bool) if drop is None else drop
         if self.kind == "labels":
             night = torch.where(drop | (clips.night < 0), 2, clips.night)
             cars = torch.where(drop | (clips.cars < 0), MAX_CARS + 1, clips.cars.clamp(max=MAX_CARS))
@@ -76,7 +76,7 @@ def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", b
     if boxes:
         slots[:, 0, : len(boxes)] = torch.tensor(boxes, dtype=torch.float32)
     return Clips(torch.zeros(count, 1, 3, 0, 0), torch.full((count,), night), torch.full((count,), cars), slots,
-                 [caption] * count)
+                 [caption] * count, torch.full((count,), torch.nan), torch.full((count,), torch.nan))
 
 
 # %% The model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.blocks import TemporalOptions
-from common.data import Clips
+from common.data import DrivingScenes
 from common.image_model import Conditioner, ImageModel, conditions
 from common.training import count, is_temporal, preset_config
 from tests.test_network import randomise
@@ -144,9 +144,13 @@ def test_conditions_and_dropping() -> None:
     assert not torch.allclose(text(conditions(1, caption="a red car")), text(conditions(1, caption="a")))
 
 
-def test_rows_repeats_labels() -> None:
-    clips = Clips(
-        torch.zeros(2, 1, 3, 1, 1), torch.tensor([0, 1]), torch.tensor([3, 4]), torch.zeros(2, 1, 8, 4), ["a", "b"]
-    )
-    rows = lesson05.rows(clips, 2)
-    assert rows.night.tolist() == [0, 0, 1, 1] and rows.captions == ["a", "a", "b", "b"]
+def test_clips_repeat_pick_and_join() -> None:
+    clips = conditions(1, night=0, cars=3, caption="a").join(conditions(1, night=1, cars=4, caption="b"))
+    rows = clips.repeat(2)
+    assert rows.night.tolist() == [0, 0, 1, 1] and rows.captions == ["a", "a", "b", "b"] and len(rows) == 4
+    assert rows.pick([3, 0]).cars.tolist() == [4, 3]
+
+
+def test_clips_carry_speed_and_curvature() -> None:
+    clips = DrivingScenes(16, 32, 30.0).clips((0,), 6, 2, 30.0)
+    assert clips.speed.min() >= 3 and clips.speed.max() <= 9 and len(clips.curvature.unique()) > 1
