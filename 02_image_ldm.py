@@ -306,6 +306,17 @@ def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.
     return model, ema
 
 
+def train(run: Run, config: Config, source, variant: str) -> tuple[ImageModel, nn.Module, EMA]:
+    """Both trainings. A variant shares the autoencoder of 02_image_ldm; pixels need none."""
+    image = ImageModel(config, run.device)
+    if not config.pixel:
+        if not variant:
+            train_autoencoder(run, config, source)
+        load_autoencoder(run, image.autoencoder, command(NAME, config))
+        image.autoencoder.requires_grad_(False).eval()
+    return image, *train_unet(run, config, source, image)
+
+
 # %% Sampling
 
 
@@ -448,14 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.sample_boxes:
         return draw_boxes(run, config)
     source = open_data(config.data, config.height, config.width, config.final_fps)
-    image = ImageModel(config, run.device)
-    if not config.pixel:
-        if not variant:
-            train_autoencoder(run, config, source)
-        load_autoencoder(run, image.autoencoder, command(NAME, config))
-        image.autoencoder.requires_grad_(False).eval()
-    model, ema = train_unet(run, config, source, image)
-    evaluate(run, config, source, image, model, ema)
+    evaluate(run, config, source, *train(run, config, source, variant))
 
 
 if __name__ == "__main__":

@@ -28,17 +28,16 @@ from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
-from common.data import DrivingScenes, open_data
+from common.data import open_data
 from common.image_model import build_autoencoder
-from common.measures import box_mask, flicker, psnr
+from common.measures import flicker, psnr
+from common.metrics import FrameReader, train_reader
 from common.pictures import animation, plot_metrics, sheet
-from common.scenes import MAX_CARS
 from common.training import (
     EMA,
     BaseConfig,
     Run,
     UserError,
-    adamw,
     channels_last,
     check_lineage,
     cli,
@@ -198,54 +197,11 @@ def decode_stream(run: Run, autoencoder: Autoencoder, z: Iterable[torch.Tensor],
 # %% Losses: perceptual features and discriminators
 
 
-class FeatureNetwork(nn.Module):
-    """A small network that learns to read a scene (night, number of cars, where cars are); its features are the
-    perceptual space. b 3 h w -> features at four scales."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        widths = [3, width, 2 * width, 3 * width, 4 * width]
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, out, 3, stride=2, padding=1), group_norm(out), nn.SiLU(),
-                          nn.Conv2d(out, out, 3, padding=1), group_norm(out), nn.SiLU())
-            for c, out in zip(widths, widths[1:], strict=False)
-        )
-        self.where, self.what = nn.Conv2d(widths[-2], 1, 1), nn.Linear(widths[-1], 2 + MAX_CARS)
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
-    def loss(self, clips) -> torch.Tensor:
-        """How badly it reads the scene: night, number of cars (0 to MAX_CARS), cars on a grid of cells."""
-        x = clips.video[:, 0].to(self.where.weight.device)
-        features = self(x)
-        said = self.what(features[-1].mean(dim=(2, 3))).float()
-        cells = F.adaptive_avg_pool2d(box_mask(clips.boxes[:, 0], *x.shape[-2:]), features[-2].shape[-2:]).to(x.device)
-        where = F.binary_cross_entropy_with_logits(self.where(features[-2]).float(), (cells > 0.5).float())
-        night = F.binary_cross_entropy_with_logits(said[:, 0], clips.night.to(x.device).float())
-        return where + night + F.cross_entropy(said[:, 1:], clips.cars.to(x.device))
-
-
-def train_features(run: Run, config: Config, image) -> FeatureNetwork:
-    """Trains the feature network on procedural scenes, whatever the data are: they come with labels and no download."""
+def read_features(run: Run, config: Config, image) -> FrameReader:
+    """The perceptual space: what a network looks at that has learned to read procedural scenes."""
     torch.manual_seed(config.seed + 40)
-    features = channels_last(FeatureNetwork()).to(run.device)
-    scenes, optimizer = DrivingScenes(image.config.height, image.config.width, 30.0), adamw(features, 2e-3)
-    for step in training_loop(run, config.feature_steps, {"features": features, "optimizer": optimizer},
-                              file="features.pt", metrics="features.csv"):
-        clips = scenes.clips((config.seed, 4, step), 16, 1, 30.0)
-        with run.autocast():
-            loss = features.loss(clips)
-        loss.backward()
-        clip_and_warm_up(optimizer, step, 2e-3, 20)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.log(step, loss=loss)
-    return features.requires_grad_(False).eval()
+    size = image.config.height, image.config.width
+    return train_reader(run, FrameReader(), config.feature_steps, *size, "features.pt")
 
 
 def perceptual_distance(features: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -388,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
-    features = load_lpips(config.lpips, run.device) if config.lpips else train_features(run, config, image)
+    features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)
     evaluate(run, config, source, image, autoencoder)
 

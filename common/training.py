@@ -107,7 +107,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
         parser.add_argument(flag, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    preset = given.pop("preset", "cpu")
+    preset = given.pop("preset", config_class.preset)
     config = preset_config(config_class, presets, preset, **given)
     for name in ("steps", "batch", "frames", "save_every"):
         if getattr(config, name, 1) < (0 if name == "steps" else 1):
