@@ -74,7 +74,6 @@ lesson06 = import_module("06_interpolation")
 lesson07 = import_module("07_upsampler")
 NAME = "12_tables"
 REAL, OTHER_REAL, ASKED = 12_000, 12_001, 12_002  # keys of held-out clips: the references, the floor, what is asked for
-MATCHED = 5.0  # %: how far trained parameters of compared rows may differ
 
 
 # %% Config
@@ -123,6 +122,34 @@ TABLES_RECIPE = {
 }
 
 
+ABLATIONS: dict[str, dict] = {"": {}, "attention": {"temporal": "attention"}, "end-to-end": {"end_to_end": True},
+                              "pixel": {"pixel": True}}
+
+
+def lesson_config(config: Config, lesson, **options):
+    """The configuration of a lesson for these tables."""
+    pixel = lesson is lesson02 and options.get("pixel", False)
+    recipe = TABLES_RECIPE.get(lesson.NAME, {}) if config.preset == "tables" else {}
+    if lesson is lesson02:
+        recipe = recipe | dict(height=config.height, width=config.width)
+    if pixel:  # it has a network of its own, matched in compute
+        recipe = {k: v for k, v in recipe.items() if k not in ("channels", "multipliers", "attention")}
+    presets = lesson02.presets(pixel) if lesson is lesson02 else lesson.PRESETS
+    machine = dict(threads=config.threads, device=config.device, precision=config.precision)
+    return preset_config(lesson.Config, presets, BASES[config.preset], **recipe | machine | options)
+
+
+def trained_parameters(config: Config) -> dict[str, int]:
+    """Of the compared temporal networks, by row; "ours" and "attention" must match, the others cannot."""
+    counts = {}
+    for variant, options in ABLATIONS.items():
+        image_config = lesson_config(config, lesson02, pixel=variant == "pixel")
+        with torch.device("meta"):
+            unet = lesson05.build(lesson_config(config, lesson05, **options), lesson02.ImageModel(image_config, "meta"))
+        counts[variant or "ours"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return counts
+
+
 # %% One seed: everything the rows compare, trained when first asked for
 
 
@@ -145,15 +172,7 @@ class World:
 
     def lesson(self, lesson, variant: str = "", **options) -> tuple[Run, object]:
         """The run and configuration of a lesson in this seed's folder."""
-        recipe = TABLES_RECIPE.get(lesson.NAME, {}) if self.config.preset == "tables" else {}
-        if lesson is lesson02:
-            recipe = recipe | dict(height=self.config.height, width=self.config.width)
-        presets = lesson02.presets(options.get("pixel", False)) if lesson is lesson02 else lesson.PRESETS
-        if options.get("pixel") and lesson is lesson02:  # a network of its own, to be matched in compute
-            recipe = {k: v for k, v in recipe.items() if k not in ("channels", "multipliers", "attention")}
-        config = preset_config(lesson.Config, presets, BASES[self.config.preset], **recipe | options,
-                               out=str(self.folder), seed=self.seed, resume=True, threads=self.config.threads,
-                               device=self.config.device, precision=self.config.precision)
+        config = lesson_config(self.config, lesson, out=str(self.folder), seed=self.seed, resume=True, **options)
         return Run(lesson.NAME, config, variant), config
 
     # the networks that measure, shared by all seeds
@@ -213,13 +232,11 @@ class World:
         """Lesson 5 or an ablation: run, configuration, image model, network with averaged weights."""
 
         def make():
-            options = {"": {}, "attention": {"temporal": "attention"}, "end-to-end": {"end_to_end": True},
-                       "pixel": {"pixel": True}}[variant]
             image = self.image("pixel" if variant == "pixel" else "")
-            run, config = self.lesson(lesson05, variant, **options)
+            run, config = self.lesson(lesson05, variant, **ABLATIONS[variant])
             if variant == "pixel":
                 config.steps = self.matched_steps(config.steps, image, self.image())
-            if variant in ("", "conv"):
+            if not variant:
                 lesson03.train(*self.lesson(lesson03), self.source, image)
             weights = image.weights
             unet, ema = lesson05.train(run, config, self.source, image)
@@ -1011,8 +1028,20 @@ def check(config: Config) -> None:
         raise UserError(f"--samples {config.samples}: features are 128 wide; a covariance of them needs more clips")
     if config.detector != "toy" and config.frames < 16:
         raise UserError(f"--frames {config.frames}: a detector is given clips of 16 (add --frames 16 --samples 2048)")
+    if config.detector != "toy":
+        Detector(config.detector, torch.device("cpu"))  # whether it can be read and applied
     if not config.seeds:
         raise UserError("--seeds: give at least one")
+
+
+def show_plan(config: Config) -> None:
+    """--dry-run: settings, parameters and rows."""
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name}: {value}")
+    for name, count in trained_parameters(config).items():
+        print(f"{name} trained: {count}")
+    for name in config.table or TABLES:
+        print(f"{name}: {', '.join(row.name for row in TABLES[name][1])}")
 
 
 def run_tables(config: Config) -> dict:
@@ -1167,6 +1196,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.protocol:
         return judge_folders(config)
     check(config)
+    if config.dry_run:
+        return show_plan(config)
     results = read_results(config) if config.render else run_tables(config)
     if not results["records"]:
         raise UserError(f"{config.results}/tables.json has no rows yet; run without --render")

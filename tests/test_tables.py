@@ -1,0 +1,329 @@
+"""Lesson 12: distances against closed forms, protocols that refuse to mix, verdicts that can fail, the study's page."""
+
+import json
+import shutil
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data import DrivingScenes
+from common.metrics import (
+    ClipReader,
+    Detector,
+    FrameReader,
+    Protocol,
+    Reading,
+    box_iou,
+    checksum,
+    corruptions,
+    frechet_distance,
+    inception_score,
+    same_protocol,
+)
+from common.training import UserError, preset_config
+from tests.test_scripts import ROOT, start
+
+tables = import_module("12_tables")
+
+
+# %% Metrics against what can be computed by hand
+
+
+def test_frechet_distance_of_normal_distributions_is_the_closed_form() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(200_000, 3, generator=draw) * torch.tensor([1.0, 2.0, 0.5])
+    b = torch.randn(200_000, 3, generator=draw) * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([0.0, 3.0, 0.0])
+    assert frechet_distance(a, b) == pytest.approx(9 + 1 + 0.25, rel=0.02)  # |mu|^2 + sum (sigma_a - sigma_b)^2
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_correlated_features() -> None:
+    """Against the definition with a general matrix root, which scipy would give; here by its eigenvalues."""
+    draw = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(50, 4, generator=draw).double() @ torch.randn(4, 4, generator=draw).double() for _ in "ab")
+    roots = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).sqrt().real.sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * roots
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (5, 4))])
+def test_frechet_distance_wants_matching_features(shapes: tuple) -> None:
+    with pytest.raises(ValueError, match="want n d"):
+        frechet_distance(*(torch.zeros(s) for s in shapes))
+
+
+def test_inception_score_counts_sure_and_different_answers() -> None:
+    sure = torch.eye(9)[torch.arange(9)]
+    assert inception_score(Reading(torch.zeros(9), sure, torch.zeros(9))) == pytest.approx(9, rel=1e-4)
+    same = sure[:1].expand(9, -1)
+    assert inception_score(Reading(torch.zeros(9), same, torch.zeros(9))) == pytest.approx(1, rel=1e-4)
+    unsure = torch.full((9, 9), 1 / 9)
+    assert inception_score(Reading(torch.full((9,), 0.5), unsure, torch.zeros(9))) == pytest.approx(1, rel=1e-4)
+
+
+def test_box_iou_of_a_perfect_and_of_a_shifted_reading() -> None:
+    boxes = torch.zeros(1, 8, 4)
+    boxes[0, 0] = torch.tensor([0.25, 0.5, 0.5, 1.0])
+    where = torch.zeros(1, 1, 16, 32)
+    where[..., 8:, 8:16] = 1
+    assert box_iou(Reading(torch.zeros(1), torch.zeros(1, 9), where), boxes) == 1
+    assert box_iou(Reading(torch.zeros(1), torch.zeros(1, 9), where.roll(4, -1)), boxes) == pytest.approx(1 / 3)
+
+
+def test_shuffling_frames_keeps_the_frames_and_changes_their_order() -> None:
+    video = torch.rand(3, 5, 3, 8, 16)
+    shuffled = corruptions(video, torch.Generator().manual_seed(0))["shuffled frames"]
+    assert not torch.equal(shuffled, video)
+    assert torch.equal(shuffled.sum(1), video.sum(1)) or torch.allclose(shuffled.sum(1), video.sum(1), atol=1e-5)
+    for a, b in zip(video, shuffled, strict=True):
+        assert sorted(f.sum().item() for f in a) == sorted(f.sum().item() for f in b)
+
+
+def test_readers_learn_to_read() -> None:
+    """A minute of training gives good readers; sixty steps must already tell night from day."""
+    torch.manual_seed(0)
+    reader, scenes = FrameReader(), DrivingScenes(32, 64, 30.0)
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3)
+    for step in range(60):
+        loss = reader.loss(scenes.clips((0, step), 16, 1, 30.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    clips = scenes.clips((1, 0), 64, 1, 30.0, "held-out")
+    with torch.no_grad():
+        night, _, _ = reader.heads(reader(clips.video[:, 0]))
+    assert ((night > 0).long() == clips.night).float().mean() > 0.9
+
+
+def test_clip_reader_sees_the_order_of_frames() -> None:
+    torch.manual_seed(0)
+    reader, video = ClipReader().eval(), DrivingScenes(32, 64, 30.0).clips((0,), 2, 5, 2.0).video
+    with torch.no_grad():
+        assert not torch.allclose(reader(video), reader(video.flip(1)), atol=1e-5)
+        assert reader(video[:, :3]).shape == reader(video).shape == (2, 96)
+
+
+# %% Detectors from a file
+
+
+class Inception(torch.nn.Module):
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return img.float().mean(dim=(2, 3))
+
+
+class I3D(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
+                return_features: bool = False) -> torch.Tensor:
+        if rescale or resize:
+            raise ValueError("the frames have been prepared already")
+        return x.mean(dim=(3, 4))
+
+
+@pytest.mark.parametrize(("network", "of_clips", "rows"), [(Inception, False, 32), (I3D, True, 2)])
+def test_detectors_from_a_file(tmp_path: Path, network: type, of_clips: bool, rows: int) -> None:
+    torch.jit.script(network()).save(str(tmp_path / "d.pt"))
+    detector = Detector(str(tmp_path / "d.pt"), torch.device("cpu"))
+    assert detector.of_clips is of_clips and len(detector.checksum) == 16
+    assert len(detector.features(torch.zeros(2, 16, 3, 32, 64))) == rows
+
+
+def test_a_file_that_is_no_detector(tmp_path: Path) -> None:
+    (tmp_path / "d.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a readable TorchScript"):
+        Detector(str(tmp_path / "d.pt"), torch.device("cpu"))
+
+
+# %% Protocols and verdicts
+
+
+def entry(value: float, **changes: object) -> dict:
+    about = dict(metric="toy-FVD", network="n", frames=8, fps=2.0, size="32 x 64", samples=256, references=1024)
+    return tables.number(value, Protocol(**about | changes))
+
+
+def test_numbers_of_different_protocols_refuse_to_be_compared() -> None:
+    same_protocol([entry(1), entry(2)])
+    with pytest.raises(UserError, match="samples 256 and 128"):
+        same_protocol([entry(1), entry(2, samples=128)])
+
+
+def records(row: str, values: list[float], table: str = "ablations", metric: str = "toy-FVD") -> list[dict]:
+    numbers = [{metric: entry(v)} for v in values]
+    return [{"table": table, "row": row, "seed": i, "numbers": n} for i, n in enumerate(numbers)]
+
+
+@pytest.mark.parametrize(
+    ("pixel", "holds"),
+    [([12, 13, 14], True), ([10.1, 13, 25], False), ([12, 9, 14], False), ([8, 7, 6], False)],
+)  # clear; too noisy; one seed the other way; the other way
+def test_an_ordering_holds_only_when_it_is_clear(pixel: list[float], holds: bool) -> None:
+    (verdict,) = tables.judge(records("ours", [10, 10, 10]) + records("pixel", pixel))
+    assert verdict.holds is holds
+
+
+@pytest.mark.parametrize(("learned", "holds"), [([5.1, 4.9, 5.0], True), ([8, 8, 8], False)])
+def test_an_equivalence_is_measured_by_the_floor(learned: list[float], holds: bool) -> None:
+    rows = records("real", [1, 1, 1], "conditional", "toy-FID") + records("alpha = 1", [5, 5, 5], "alpha", "toy-FID")
+    (verdict,) = tables.judge(rows + records("learned alpha", learned, "alpha", "toy-FID"))
+    assert verdict.holds is holds
+
+
+def test_one_seed_proves_no_ordering() -> None:
+    (verdict,) = tables.judge(records("ours", [10]) + records("pixel", [20]))
+    assert not verdict.holds
+
+
+# %% The script
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    done = start("12_tables", "--preset", "smoke", "--out", folder / "run", "--results", folder / "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_row_is_measured_with_its_protocol(measured: Path) -> None:
+    results = json.loads((measured / "results" / "tables.json").read_text())
+    wanted = {(name, row.name) for name, (_, rows) in tables.TABLES.items() for row in rows}
+    assert {(r["table"], r["row"]) for r in results["records"]} == wanted
+    for record in results["records"]:
+        assert record["seconds"] >= 0 and record["hardware"] and record["numbers"]
+        for metric, found in record["numbers"].items():
+            assert found["protocol"]["metric"] == metric.split(", to ")[0] or found["protocol"]["metric"] == metric
+    for name in tables.TABLES:
+        assert (measured / "results" / f"{name}.png").exists()
+    by_row = {r["row"]: r["numbers"] for r in results["records"] if r["table"] == "checks"}
+    assert by_row["real against itself"]["toy-FVD"]["value"] == pytest.approx(0, abs=1e-6)
+    shuffled, real = by_row["shuffled frames"]["toy-FID"]["value"], by_row["real against real"]["toy-FID"]["value"]
+    assert shuffled == pytest.approx(real, rel=1e-3)  # the same frames, in another order
+
+
+def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(measured: Path) -> None:
+    path = measured / "results" / "tables.json"
+    results, flags = json.loads(path.read_text()), ("--out", measured / "run", "--results", measured / "results")
+    dropped = results["records"].pop()
+    path.write_text(json.dumps(results))
+    done = start("12_tables", "--preset", "smoke", *flags)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(path.read_text())["records"]
+    assert len(again) == len(results["records"]) + 1
+    assert again[:-1] == results["records"]
+    for metric, found in again[-1]["numbers"].items():  # trained and sampled from the same seed: the same number
+        assert found["value"] == pytest.approx(dropped["numbers"][metric]["value"], abs=1e-6)
+
+
+def test_render_writes_the_same_text_again(measured: Path) -> None:
+    text = (measured / "results" / "tables.md").read_text()
+    done = start("12_tables", "--preset", "smoke", "--render", "--results", measured / "results")
+    assert done.returncode == 0 and (measured / "results" / "tables.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--table", "nonsense"), "there is checks"),
+        (("--samples", "10"), "needs more clips"),
+        (("--detector", "none.pt"), "add --frames 16"),
+        (("--preset", "smoke", "--detector", "none.pt", "--frames", "16"), "not a readable"),
+        (("--protocol", "ucf101"), "10,000 videos"),
+        (("--protocol", "msrvtt", "--generated", "x"), "--clip FOLDER"),
+        (("--study", "x"), "two folders"),
+        (("--study", "x", "y"), "no video"),
+        (("--score", "none.json"), "not the answers"),
+        (("--render", "--results", "nowhere"), "no rows yet"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path: Path, flags: tuple, said: str) -> None:
+    flags = flags if "--results" in flags else (*flags, "--results", tmp_path)
+    done = start("12_tables", "--out", tmp_path / "run", *flags)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_results_of_other_settings_are_refused(measured: Path) -> None:
+    done = start("12_tables", "--preset", "smoke", "--samples", "4", "--results", measured / "results")
+    assert done.returncode == 2 and "samples 3 -> 4" in done.stderr
+
+
+def test_compared_networks_train_the_same_number_of_parameters() -> None:
+    for preset in ("smoke", "tables"):
+        config = preset_config(tables.Config, tables.PRESETS, preset, out="/nowhere")
+        counts = tables.trained_parameters(config)
+        assert abs(counts["attention"] / counts["ours"] - 1) < 0.05, (preset, counts)
+
+
+def test_checksums_tell_networks_apart() -> None:
+    torch.manual_seed(0)
+    one, other = FrameReader(), FrameReader()
+    assert checksum(one) == checksum(one) != checksum(other)
+
+
+def test_readme_shows_the_committed_results() -> None:
+    path = ROOT / "results" / "tables.json"
+    if not path.exists():
+        pytest.skip("no results are committed yet")
+    text = tables.summary(json.loads(path.read_text()))
+    assert text in (ROOT / "README.md").read_text(), "run: python 12_tables.py --render"
+    assert text in (ROOT / "results" / "tables.md").read_text()
+
+
+# %% The human study
+
+
+def test_scores_of_a_study_with_intervals(tmp_path: Path) -> None:
+    answers = [{"preferred": p} for p in ["A"] * 60 + ["B"] * 30 + ["equal"] * 10]
+    (tmp_path / "answers.json").write_text(json.dumps({"answers": answers}))
+    done = start("12_tables", "--score", tmp_path / "answers.json")
+    assert done.returncode == 0 and "A: 60.0 %   (95 % interval 50.2 to 69.1, 60 of 100)" in done.stdout
+
+
+def test_wilson_intervals_stay_between_zero_and_one() -> None:
+    assert tables.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12) and tables.wilson(10, 10)[1] <= 1
+    assert tables.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for name in "ab":
+        (folder / name).mkdir()
+        for i in range(3):
+            shutil.copy(measured / "results" / "alpha.png", folder / name / f"{i}.png")
+    done = start("12_tables", "--study", folder / "a", folder / "b", "--results", folder)
+    assert done.returncode == 0 and "3 pairs" in done.stdout, done.stderr
+    return folder / "study.html"
+
+
+def test_study_is_one_file_that_names_no_method(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("data:image/png;base64") == 6 and "src=" not in text.replace("element.src =", "")
+    assert str(page.parent) not in text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_study_works_in_a_browser(page: Path) -> None:
+    """Three answers by keyboard and mouse, one taken back; the page's own JSON is read out of the document."""
+    steps = """
+    <script>
+    const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key: key }));
+    press("ArrowLeft"); press("ArrowDown"); press("Backspace"); press("ArrowRight");
+    document.querySelector("button[data-choice=equal]").click();
+    document.title = JSON.stringify(answers) + (byId("end").hidden ? " open" : " over");
+    </script>"""
+    driven = page.with_name("driven.html")
+    driven.write_text(page.read_text().replace("</html>", steps + "</html>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+             f"--user-data-dir={page.parent}/profile", "--dump-dom", driven.as_uri()]
+    shown = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=60).stdout
+    said = shown.split("<title>")[1].split("</title>")[0]
+    answers = json.loads(said.removesuffix(" over"))
+    assert said.endswith(" over") and [a["choice"] for a in answers] == ["left", "right", "equal"]
+    for answer in answers[:2]:
+        other = {"A": "B", "B": "A"}[answer["left"]]
+        assert answer["preferred"] == (answer["left"] if answer["choice"] == "left" else other)
+    assert len({a["pair"] for a in answers}) == 3 and answers[2]["preferred"] == "equal"
