@@ -288,7 +288,8 @@ def draw_box(ax, diffusion: Diffusion, times: list[int], path: Tensor, title: st
         curve = start + direction * length * (0.02 + 0.2 * curve / curve.max())
         outline = [(x, wall, float(v)) for x, v in zip(curve, values, strict=True)]
         outline += [(start + direction * length * 0.02, wall, edge) for edge in (top, floor)]
-        ax.add_collection3d(Poly3DCollection([outline], facecolor="#f6c28b", edgecolor="#a8480f", lw=0.8, zorder=0))
+        ax.add_collection3d(Poly3DCollection([outline], facecolor="#f6c28b", edgecolor="#a8480f", lw=0.8, zorder=0,
+                                              clip_on=False))
     colors = plt.cm.winter(np.linspace(0, 1, FRAMES))  # blue to green
     lines = []
     for frame in reversed(range(FRAMES)):  # the nearest lane is drawn last

@@ -72,11 +72,9 @@ SHOWN = {
 GENERATED = (
     "samples.png",
     "before_after.png",
-    "after.gif",
     "long.webp",
     "contact_sheet.png",
     "drift.png",
-    "alphas.png",
 )
 
 
@@ -88,12 +86,15 @@ def render() -> str:
             continue
         text += f"\n### {title}\n"
         for lesson, content in json.loads(path.read_text()).items():
-            text += f"\n**{lesson}** (`python {content['command']}`)\n\n"
+            goals = [number["met"] for number in content["numbers"].values() if number["goal"]]
+            met = f": {sum(goals)} of {len(goals)} goals met" if goals else ""
+            text += f"\n<details><summary><b>{lesson}</b>{met}</summary>\n\n`python {content['command']}`\n\n"
             text += "| number | value | goal | |\n| --- | --- | --- | --- |\n"
             for label, number in content["numbers"].items():
                 value = f"{number['value']:.4g} {number['unit']}".rstrip()
                 verdict = "" if not number["goal"] else "met" if number["met"] else "**missed**"
                 text += f"| {label} | {value} | {number['goal']} | {verdict} |\n"
+            text += "\n</details>\n"
     return text + "\n"
 
 
