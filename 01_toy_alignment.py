@@ -44,6 +44,7 @@ from common.training import (
     clip_and_warm_up,
     dry_run,
     is_temporal,
+    known_good,
     load_checkpoint,
     load_part,
     parse,
@@ -425,6 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     draw_figure(run.folder, diffusion, sampling_times(diffusion, config.ddim_steps),
                 dict(zip(titles, (path_before[:, shown], path_after[:, shown]), strict=True)))
     print(f"pictures: {run.folder}/figure2.png, figure2.gif")
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

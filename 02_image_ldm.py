@@ -48,6 +48,7 @@ from common.training import (
     command,
     config_of,
     dry_run,
+    known_good,
     load_checkpoint,
     load_part,
     parse,
@@ -460,6 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         return draw_boxes(run, config)
     source = open_data(config.data, config.height, config.width, config.final_fps)
     evaluate(run, config, source, *train(run, config, source, variant))
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

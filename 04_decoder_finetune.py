@@ -45,6 +45,7 @@ from common.training import (
     command,
     dry_run,
     is_temporal,
+    known_good,
     load_checkpoint,
     load_part,
     parse,
@@ -347,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)
     evaluate(run, config, source, image, autoencoder)
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

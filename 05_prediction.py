@@ -45,6 +45,7 @@ from common.training import (
     count,
     dry_run,
     is_temporal,
+    known_good,
     load_checkpoint,
     parse,
     training_loop,
@@ -62,6 +63,7 @@ NAME = "05_prediction"
 class Config(BaseConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels; 4 from the gpu preset on
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     context_shares: tuple[float, ...] = (0.2, 0.4, 0.4)  # probabilities of S = 0, 1, 2 (not given in the paper)
     temporal: Literal["both", "attention", "conv"] = "both"  # which temporal layers (attention: twice as many)
@@ -80,7 +82,7 @@ class Config(BaseConfig):
     futures: int = 8  # futures sampled for each
 
 
-PAPER = dict(known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
+PAPER = dict(feed_forward=4, known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, known_features=16, steps=3, batch=1, ddim_steps=2, samples=1, futures=2, sweep=(1.0, 2.0)),
     "cpu": {},
@@ -115,7 +117,8 @@ def masked_context(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def temporal_options(config: Config, image) -> TemporalOptions:
     """Temporal layers with c_S. Attention alone has no 3D-conv blocks and so no c_S of this kind: see `build`."""
     known = image.shape[0] + 1
-    options = dict(alpha_frames=config.alpha_frames, known_channels=known, known_features=config.known_features)
+    options = dict(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward, known_channels=known,
+                   known_features=config.known_features)
     if config.temporal == "conv":
         return TemporalOptions(**options, attention_blocks=0)
     if config.temporal == "attention":
@@ -136,7 +139,8 @@ def matching_ff_mult(config: Config, image) -> float:
             return count(ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
 
     goal = trained(
-        alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1, known_features=config.known_features
+        alpha_frames=config.alpha_frames, ff_mult=config.feed_forward, known_channels=image.shape[0] + 1,
+        known_features=config.known_features,
     )
     attention = dict(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2)
     narrow, wide = (trained(**attention, ff_mult=mult) for mult in (1, 2))
@@ -350,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     unet, ema = train(run, config, source, image)
     evaluate(run, config, source, image, unet, ema)
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from common.training import (
     config_of,
     dry_run,
     is_temporal,
+    known_good,
     load_checkpoint,
     parse,
     training_loop,
@@ -325,6 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps)
     model = train(run, config, source, image)
     evaluate(run, config, source, model.eval())
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ does not grow with the length of the video.
   python 08_sample_long.py --seconds 60 --no-upsampler
   python 08_sample_long.py --first-frame photo.png --futures 3
   python 08_sample_long.py --night 1 --cars 2 --overwrite
+  python 08_sample_long.py --upsampled-seconds 1      the whole video small, and its first second large
 
 Expect a drive that keeps its sky, land and light, and a drift plot that stays inside the band of real clips.
 
-Reads OUT/02 to OUT/07. Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of
-it), contact_sheet.png, drift.png, drift.csv; with --futures, one of each per future.
+Reads OUT/02 to OUT/07; where they are not trained yet, the small checkpoints that come with the code. Writes
+OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,
+drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds, long-large.mp4 and so on.
 """
 
+import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -33,7 +37,7 @@ from common.data import Clips, open_data
 from common.image_model import conditions
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.training import BaseConfig, Run, UserError, cli, count, parse
+from common.training import BaseConfig, Run, UserError, cli, count, known_good, parse
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -60,6 +64,7 @@ class Config(BaseConfig):
     passes: int = 2  # interpolation passes: 0, 1 or 2
     video_decoder: bool = True  # lesson 4's decoder; otherwise the image decoder, frame by frame
     upsampler: bool = True  # lesson 7's upsampler; otherwise small frames
+    upsampled_seconds: float = 0.0  # with a number: only the first so many seconds large, in a file of their own
 
 
 PRESETS: dict[str, dict] = {
@@ -69,6 +74,26 @@ PRESETS: dict[str, dict] = {
     "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
     "biking": dict(seconds=60.0),
 }
+
+
+# %% Weights: those of OUT, or the small ones of the repository
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # made by docs/pack.py; laid out as an OUT
+NEEDED = ("02_image_ldm/autoencoder.pt", "02_image_ldm/checkpoint.pt", "04_decoder_finetune/checkpoint.pt",
+          "05_prediction/checkpoint.pt", "06_interpolation/checkpoint.pt", "07_upsampler/image.pt",
+          "07_upsampler/checkpoint.pt")
+
+
+def with_weights(run: Run) -> Run:
+    """The run, looking for weights in CHECKPOINTS where OUT has trained none of its own. Its folder stays."""
+    config = run.config
+    there = [name for name in NEEDED if (config.folder() / name).exists()]
+    if there or config.preset != "cpu" or config.data != "driving" or not CHECKPOINTS.exists():
+        return run  # a lesson that is missing among trained ones is named by its own error
+    print(f"{config.folder()} has no trained lessons: using the small checkpoints in {CHECKPOINTS}")
+    other = copy.copy(run)
+    other.config = dataclasses.replace(config, out=str(CHECKPOINTS))
+    return other
 
 
 # %% The stages, each a generator over the frames of one video
@@ -130,7 +155,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 def frames_of(
     run: Run, config: Config, image, first: torch.Tensor, labels: Clips, length: int, future: int
 ) -> Iterator[torch.Tensor]:
-    """The whole stack for one video: 3 H W frames in [-1, 1], `length` of them."""
+    """The whole stack for one video but the upsampler: 3 H W frames in [-1, 1], `length` of them."""
     keys = -(-(length - 1) // 4**config.passes) + 1
     stream: Iterable = itertools.islice(key_frames(run, config, image, first, labels, future), keys)
     if config.passes:
@@ -144,10 +169,12 @@ def frames_of(
         stream = lesson04.decode_stream(run, autoencoder, stream, portion)
     else:
         stream = decoded_singly(run, image, stream)
-    if config.upsampler:
-        upsampler, settings = lesson07.load(run, image)
-        stream = lesson07.upsample(upsampler, settings, stream, run, future)
     return iter(stream)
+
+
+def enlarged(run: Run, image, frames: Iterable[torch.Tensor], future: int) -> Iterator[torch.Tensor]:
+    upsampler, settings = lesson07.load(run, image)
+    return lesson07.upsample(upsampler, settings, frames, run, future)
 
 
 def decoded_singly(run: Run, image, latents: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -193,6 +220,27 @@ class Record:
         save_animation(self.preview, self.folder / f"{self.name}.webp", self.fps / self.every)
         rows = [torch.stack(self.contact[i : i + 4]) for i in range(0, len(self.contact), 4)]
         sheet(rows, self.folder / f"contact_sheet{self.name.removeprefix('long')}.png")
+
+
+def write(run: Run, name: str, frames: Iterable[torch.Tensor], length: int, rate: float) -> Record:
+    record = Record(run.folder, name, length, rate)
+    for frame in tqdm(frames, total=length, desc=name, mininterval=1.0):
+        record.add(frame)
+    record.close()
+    return record
+
+
+def tee_first(frames: Iterator[torch.Tensor], count: int) -> tuple[Iterator[torch.Tensor], list[torch.Tensor]]:
+    """The same stream, and a list that fills with its first `count` frames as they pass."""
+    kept: list[torch.Tensor] = []
+
+    def passing() -> Iterator[torch.Tensor]:
+        for frame in frames:
+            if len(kept) < count:
+                kept.append(frame)
+            yield frame
+
+    return passing(), kept
 
 
 def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> None:
@@ -251,30 +299,36 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.passes not in (0, 1, 2) or config.futures < 1 or config.seconds <= 0:
         raise UserError("--passes is 0, 1 or 2; --futures at least 1; --seconds positive")
+    if config.upsampled_seconds < 0:
+        raise UserError(f"--upsampled-seconds {config.upsampled_seconds:g}: not negative")
     if config.dry_run:
         return show_plan(config)
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
-    run = Run(NAME, config)
+    run = with_weights(Run(NAME, config))
     image = lesson02.load(run)
     labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)
     first = first_latent(run, config, image, labels)
-    size = lesson07.SCALE if config.upsampler else 1
+    large_throughout = config.upsampler and not config.upsampled_seconds
+    size = lesson07.SCALE if large_throughout else 1
     source = open_data(config.data, size * image.config.height, size * image.config.width, config.final_fps)
     real = source.clips((config.seed, lesson02.HELD_OUT), 8, 8, rate, "held-out").video
     for future in range(config.futures):
         name, start = f"long-{future}" if config.futures > 1 else "long", time.time()
-        record = Record(run.folder, name, length, config.fps or rate)
-        for frame in tqdm(
-            frames_of(run, config, image, first, labels, length, future), total=length, desc=name, mininterval=1.0
-        ):
-            record.add(frame)
-        record.close()
+        frames = frames_of(run, config, image, first, labels, length, future)
+        frames, beginning = tee_first(frames, round(config.upsampled_seconds * rate) if config.upsampler else 0)
+        if large_throughout:
+            frames = enlarged(run, image, frames, future)
+        record = write(run, name, frames, length, config.fps or rate)
+        if beginning:
+            frames = enlarged(run, image, beginning, future)
+            write(run, f"{name}-large", frames, len(beginning), config.fps or rate)
         run.report(f"frames in {name}", len(record.rows))
         run.report(f"time of {name}", time.time() - start, "s")
         plot_drift(run, record, real, rate)
     print(f"pictures: {run.folder}/{name}.webp, contact_sheet.png, drift.png")
+    known_good(run, PRESETS)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,49 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+EXPECTED = Path(__file__).parent.parent / "docs" / "expected"
+
+
+def known_good(run: Run, presets: dict[str, dict]) -> None:
+    """Says whether a run with the default flags came out as ours did: losses and numbers of docs/expected/NN.csv.
+
+    Rows are preset, file ("metrics.csv" and the like, or "numbers"), name, step, value, tolerance; a loss is averaged
+    over the `WINDOW` steps before `step`. Made by docs/collect.py. Other flags than the preset's have no expectation.
+    """
+    path, default = EXPECTED / f"{run.name[:2]}.csv", preset_config(type(run.config), presets, run.config.preset)
+    if not path.exists() or any(
+        getattr(run.config, f.name) != getattr(default, f.name)
+        for f in dataclasses.fields(default) if f.name == "steps" or f.name not in RUNTIME_FIELDS
+    ):
+        return
+    rows = [row for row in csv.DictReader(path.open()) if row["preset"] == run.config.preset]
+    outside = []
+    for row in rows:
+        if row["file"] == "numbers":
+            found = run.numbers.get(row["name"], {}).get("value")
+        else:
+            found = mean_before(run.folder / row["file"], row["name"], int(row["step"]))
+        expected, tolerance = float(row["value"]), float(row["tolerance"])
+        if found is None or not abs(found - expected) <= tolerance:
+            where = f" at step {row['step']}" if row["step"] else ""
+            outside.append(f"{row['name']}{where} is {found if found is None else f'{found:.4g}'}, "
+                           f"expected {expected:.4g} +- {tolerance:.2g}")
+    if rows:
+        print(f"known-good: {len(rows) - len(outside)} of {len(rows)} values are as expected ({path.name})")
+    for line in outside:
+        print(f"  outside: {line}")
+
+
+def mean_before(path: Path, name: str, step: int, window: int = 50) -> float | None:
+    """Mean of a column of a metrics file over the `window` steps before `step`; None where it has no such rows."""
+    if not path.exists():
+        return None
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if step - window <= int(row["step"]) < step]
+    values = [float(row[name]) for row in rows if row.get(name)]
+    return sum(values) / len(values) if values else None
+
+
 # %% Checkpoints
 
 

@@ -2,9 +2,11 @@
 
 python docs/collect.py runs/cpu-driving driving
 python docs/collect.py runs/cpu-dashcam real
+python docs/collect.py runs/cpu-driving expected  writes the known-good values, docs/expected/NN.csv
 python docs/collect.py                           only rewrites the README from docs/numbers/*.json
 """
 
+import csv
 import json
 import shutil
 import sys
@@ -78,6 +80,40 @@ GENERATED = (
 )
 
 
+def write_expected(out: Path) -> None:
+    """docs/expected/NN.csv from a finished run of a preset: losses at a tenth, a third and the end, and all numbers."""
+    sys.path.insert(0, str(DOCS.parent))
+    from common.training import mean_before
+
+    for folder in sorted(out.glob("0?_*")):
+        preset = json.loads((folder / "config.json").read_text())["preset"]
+        if "-" in folder.name or not (folder / "numbers.json").exists():
+            continue
+        rows = []
+        for path in sorted(folder.glob("*.csv")):
+            with path.open() as file:
+                table = csv.DictReader(file)
+                names = [name for name in table.fieldnames if name in ("loss", "l1", "perceptual")]
+                last = max((int(row["step"]) for row in table if row.get("step")), default=-1) + 1
+            for step in dict.fromkeys((last // 10, last // 3, last) if last > 50 else (last,)):
+                for name in names:
+                    value = mean_before(path, name, step)
+                    rows.append([preset, path.name, name, step, f"{value:.4g}", f"{0.2 * value:.2g}"])
+        for name, number in json.loads((folder / "numbers.json").read_text()).items():
+            if number["unit"] != "s":
+                value = number["value"]
+                tolerance = {"dB": 1.5, "%": 10.0}.get(number["unit"], max(0.3 * abs(value), 0.01))
+                rows.append([preset, "numbers", name, "", f"{value:.4g}", f"{tolerance:.2g}"])
+        path = DOCS / "expected" / f"{folder.name[:2]}.csv"
+        path.parent.mkdir(exist_ok=True)
+        header = ["preset", "file", "name", "step", "value", "tolerance"]
+        if path.exists():
+            with path.open() as file:
+                rows = [row for row in list(csv.reader(file))[1:] if row[0] != preset] + rows
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+
 def render() -> str:
     text = ""
     for name, title in TITLES.items():
@@ -99,6 +135,8 @@ def render() -> str:
 
 
 def main(argv: list[str]) -> None:
+    if argv and argv[1] == "expected":
+        return write_expected(Path(argv[0]))
     if argv:
         collect(Path(argv[0]), argv[1])
     before, rest = README.read_text().split(BEGIN)

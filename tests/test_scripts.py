@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.training import UserError
+from common.training import Run, UserError, known_good, preset_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))
@@ -31,7 +31,24 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = start(name, "--preset", "smoke", "--out", out)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Warning" not in done.stderr, done.stderr
+        assert "known-good: " in done.stdout and "outside" not in done.stdout, done.stdout  # docs/expected/NN.csv
     return out
+
+
+def test_known_good_values_notice_a_broken_run(course: Path, capsys: pytest.CaptureFixture) -> None:
+    lesson = import_module("03_temporal_layers")
+    run = object.__new__(Run)  # the finished run, with a number that went wrong
+    run.name, run.folder = "03_temporal_layers", course / "03_temporal_layers"
+    run.config = preset_config(lesson.Config, lesson.PRESETS, "smoke")
+    run.numbers = json.loads((run.folder / "numbers.json").read_text())
+    known_good(run, lesson.PRESETS)
+    assert "outside" not in capsys.readouterr().out
+    run.numbers["alpha, largest"]["value"] = 0.9
+    known_good(run, lesson.PRESETS)
+    assert "outside: alpha, largest is 0.9" in capsys.readouterr().out
+    run.config.lr *= 2  # other flags have no expectation
+    known_good(run, lesson.PRESETS)
+    assert not capsys.readouterr().out
 
 
 def test_there_are_eight() -> None:
