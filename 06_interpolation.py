@@ -56,7 +56,7 @@ FRAMES = 5  # two ends and three between: this is what "interpolation by 4" mean
 @dataclass(kw_only=True)
 class Config(BaseConfig):
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels; 4 from the gpu preset on
+    feed_forward: float = 4.0  # width of the temporal feed-forward layers over their channels
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
     steps: int = 750  # training steps
@@ -70,7 +70,7 @@ class Config(BaseConfig):
     samples: int = 12  # held-out clips of each rate in the numbers
 
 
-PAPER = dict(feed_forward=4, known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50,
+PAPER = dict(known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50,
              alpha_frames=5)
 PRESETS: dict[str, dict] = {
     "smoke": dict(known_features=16, stage_dim=16, steps=3, batch=2, ddim_steps=2, samples=1),
