@@ -10,6 +10,8 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
@@ -83,11 +85,17 @@ GENERATED = (
 def write_expected(out: Path) -> None:
     """docs/expected/NN.csv from a finished run of a preset: losses at a tenth, a third and the end, and all numbers."""
     sys.path.insert(0, str(DOCS.parent))
-    from common.training import mean_before
+    from common.training import RUNTIME_FIELDS, mean_before, preset_config
 
     for folder in sorted(out.glob("0?_*")):
-        preset = json.loads((folder / "config.json").read_text())["preset"]
         if "-" in folder.name or not (folder / "numbers.json").exists():
+            continue
+        config, lesson = json.loads((folder / "config.json").read_text()), import_module(folder.name)
+        preset = config["preset"]
+        default = json.loads(json.dumps(asdict(preset_config(lesson.Config, lesson.PRESETS, preset))))
+        fixed = (k for k in default if k not in RUNTIME_FIELDS or k == "steps")
+        if changed := [k for k in fixed if config.get(k, default[k]) != default[k]]:
+            print(f"{folder.name}: not the preset's flags ({', '.join(changed)}), left out")
             continue
         rows = []
         for path in sorted(folder.glob("*.csv")):
