@@ -867,6 +867,37 @@ def by_seed(records: list[dict], table: str, row: str, metric: str) -> dict[int,
     return {r["seed"]: r["numbers"][metric]["value"] for r in found}
 
 
+def self_checks(records: list[dict]) -> list[tuple[str, bool]]:
+    """What the metrics must do on sets whose order is known, in every seed; and the size of their bias."""
+
+    def values(row: str, metric: str) -> list[float]:
+        return list(by_seed(records, "checks", row, metric).values())
+
+    def above(worse: str, better: str, metric: str) -> bool:
+        pairs = zip(values(worse, metric), values(better, metric), strict=False)
+        return all(a > b for a, b in pairs) and bool(values(worse, metric))
+
+    found: list[tuple[str, bool]] = []
+    for metric in ("toy-FVD", "toy-FID", "FVD", "FID"):
+        floor = values("real against real", metric)
+        if not floor:
+            continue
+        itself = values("real against itself", metric)
+        found.append((f"{metric} of a set against itself is 0", all(abs(v) < 1e-3 for v in itself)))
+        for worse, better in (("more noise", "little noise"), ("little noise", "real against real"),
+                              ("blur", "real against real"), ("fewer cars", "real against real")):
+            found.append((f"{worse} raises {metric} above {better}", above(worse, better, metric)))
+        if metric.endswith("FVD"):
+            found.append((f"shuffled frames raise {metric}", above("shuffled frames", "real against real", metric)))
+        else:
+            same = zip(values("shuffled frames", metric), floor, strict=False)
+            found.append((f"shuffled frames leave {metric}", all(abs(a - b) < 0.01 * b for a, b in same)))
+        half = statistics.fmean(values("real, half as many", metric) or [0.0])
+        bias = f"{statistics.fmean(floor):.3g} at the sample count used, {half:.3g} at half of it"
+        found.append((f"{metric} of real against other real clips, its bias, is {bias}", True))
+    return found
+
+
 # %% Writing: tables.md, figures, the README's section
 
 
@@ -874,6 +905,7 @@ def mean_and_deviation(values: dict[int, float]) -> str:
     if not values:
         return ""
     mean, spread = statistics.fmean(values.values()), deviation(list(values.values()))
+    mean = 0.0 if abs(mean) < 1e-6 else mean
     return f"{mean:.3g} ± {spread:.2g}" if len(values) > 1 else f"{mean:.3g}"
 
 
@@ -890,7 +922,7 @@ def markdown(results: dict) -> str:
                 same_protocol([r["numbers"][metric] for r in mine if metric in r["numbers"]])
         seeds = sorted({r["seed"] for r in mine})
         lines += [f"### {title}", "", f"`python 12_tables.py --table {name}`, seeds {', '.join(map(str, seeds))}", ""]
-        lines += ["| row | " + " | ".join(metrics) + " | paper |", "| --- |" * (len(metrics) + 2)]
+        lines += ["| row | " + " | ".join(metrics) + " | paper |", "| --- " * (len(metrics) + 2) + "|"]
         for row in rows:
             cells = [mean_and_deviation(by_seed(records, name, row.name, metric)) for metric in metrics]
             if any(cells):
@@ -913,8 +945,9 @@ def sentences(records: list[dict], table: str, rows: list[Row], verdicts: list[V
             ratio = [values[seed] / floor[seed] for seed in values if floor.get(seed)]
             if ratio:
                 yield f"{said}: {metric} is {statistics.fmean(ratio):.3g} times the floor."
-        elif any(r["table"] == table and r["row"] == row.name for r in records):
-            yield f"{said}."
+        elif found := next((r for r in records if (r["table"], r["row"]) == (table, row.name)), None):
+            values = {m: mean_and_deviation(by_seed(records, table, row.name, m)) for m in list(found["numbers"])[:2]}
+            yield f"{said}: " + ", ".join(f"{m} {v}" for m, v in values.items()) + "."
 
 
 def summary(results: dict) -> str:
@@ -922,20 +955,25 @@ def summary(results: dict) -> str:
     verdicts = judge(results["records"])
     kinds = [[v for v in verdicts if v.claim.equal == equal] for equal in (False, True)]
     held = [sum(v.holds for v in kind) for kind in kinds]
+    seeds = sorted({r["seed"] for r in results["records"]})
+    few = "" if len(seeds) >= 3 else f"**Only {len(seeds)} of 3 seeds so far, so no ordering can hold yet.** "
     lines = [
-        f"Of the paper's orderings {held[0]} of {len(kinds[0])} hold here, of its equivalences {held[1]} of "
+        f"{few}Of the paper's orderings {held[0]} of {len(kinds[0])} hold here, of its equivalences {held[1]} of "
         f"{len(kinds[1])}. An ordering holds when the paired difference has the same sign in every seed and exceeds "
         "twice its standard error; an equivalence, when the difference is smaller than the distance of real clips from "
         "other real clips. toy-FVD and toy-FID are distances in features of small networks trained here; they rank the "
         "rows of a table and cannot be compared with published numbers.", "",
         "| claim | difference over the seeds | paper | |", "| --- | --- | --- | --- |",
     ]
+    failed = [statement for statement, good in self_checks(results["records"]) if not good]
+    passed = f"All {len(self_checks(results['records']))} self-checks of the metrics hold."
+    checked = f"Self-checks of the metrics that do **not** hold: {'; '.join(failed)}." if failed else passed
     for v in verdicts:
         c, sign = v.claim, "equals" if v.claim.equal else "below"
         each = mean_and_deviation(dict(enumerate(v.differences)))
         verdict = "holds" if v.holds else "**fails**"
         lines.append(f"| {c.better} {sign} {c.worse}, {c.metric} | {each} | {c.paper} | {verdict} |")
-    return "\n".join([*lines, "", markdown(results)])
+    return "\n".join([*lines, "", checked, "", markdown(results)])
 
 
 BEGIN, END = "<!-- results: written by 12_tables.py --render -->\n", "<!-- end of results -->"
@@ -1202,6 +1240,8 @@ def main(argv: list[str] | None = None) -> None:
     if not results["records"]:
         raise UserError(f"{config.results}/tables.json has no rows yet; run without --render")
     render(config, results)
+    for statement, good in self_checks(results["records"]):
+        print(f"self-check: {statement}" + ("" if good else ": does NOT hold"))
     for verdict in judge(results["records"]):
         print(str(verdict).replace("**", ""))
 

@@ -176,6 +176,16 @@ def test_one_seed_proves_no_ordering() -> None:
     assert not verdict.holds
 
 
+def test_self_checks_fail_where_a_metric_is_blind() -> None:
+    rows = {"real against itself": 0, "real against real": 1, "real, half as many": 2, "little noise": 2,
+            "more noise": 3, "blur": 3, "fewer cars": 3, "shuffled frames": 2}
+    seen = [r for row, v in rows.items() for r in records(row, [v], "checks")]
+    assert all(good for _, good in tables.self_checks(seen))
+    blind = [r for r in seen if r["row"] != "blur"] + records("blur", [0.5], "checks")
+    assert [s for s, good in tables.self_checks(blind) if not good] == [
+        "blur raises toy-FVD above real against real"]
+
+
 # %% The script
 
 
