@@ -21,13 +21,23 @@ from einops import rearrange, repeat
 from torch import nn
 
 
-def group_norm(channels: int, eps: float = 1e-5, wide: int = 224) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's, kept from a crash: on CPUs its backward pass segfaults (2.13, channels-last, small maps) when the input
+    needs no gradient, which is so for the first temporal layer on a frozen network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return super().forward(x)
+
+
+def group_norm(channels: int, eps: float = 1e-5, wide: int = 224) -> GroupNorm:
     """32 groups from `wide` channels on, as in Stable Diffusion; groups of 16 channels below.
 
     Narrow groups would erase what few channels say (at 32 channels each its mean), and in channels-last memory CPUs
     handle groups of 16 channels in bfloat16 several times faster than groups of 4.
     """
-    return nn.GroupNorm(math.gcd(32 if channels >= wide else max(1, channels // 16), channels), channels, eps=eps)
+    return GroupNorm(math.gcd(32 if channels >= wide else max(1, channels // 16), channels), channels, eps=eps)
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.autoencoder import Autoencoder
-from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions
+from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, group_norm
 from common.image_model import ImageModel
 from common.training import count, is_temporal, preset_config
 from common.unet import UNet
@@ -203,3 +203,11 @@ def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -
     assert all(p.requires_grad for p in video.decoder.parameters())
     lesson04.train_decoder(video, freeze_spatial=True)
     assert all(is_temporal(n) == p.requires_grad for n, p in video.named_parameters())
+
+
+def test_norm_of_a_frozen_input_survives_its_backward_pass() -> None:
+    """torch's own GroupNorm ends the process here."""
+    x = torch.randn(2, 64, 8, 128).contiguous(memory_format=torch.channels_last)
+    norm = group_norm(64)
+    norm(x).square().sum().backward()
+    assert norm.weight.grad is not None and torch.isfinite(norm.weight.grad).all()
