@@ -831,9 +831,13 @@ class Verdict:
     floor: float  # of an equivalence: how far real clips are from other real clips
     holds: bool
 
+    @property
+    def word(self) -> str:
+        return "holds" if self.holds else "**fails**" if len(self.differences) > 1 else "one seed, not judged"
+
     def __str__(self) -> str:
         c, mean, spread = self.claim, statistics.fmean(self.differences), deviation(self.differences)
-        verdict = "holds" if self.holds else "does **not** hold"
+        verdict = self.word
         if c.equal:
             said = f"{c.better} and {c.worse} differ by {mean:+.3g} ± {spread:.2g} in {c.metric}"
             return f"{said}; real clips differ from real ones by {self.floor:.3g} (paper: {c.paper}): {verdict}"
@@ -858,7 +862,7 @@ def judge(records: list[dict]) -> list[Verdict]:
         mean, error = statistics.fmean(differences), deviation(differences) / len(seeds) ** 0.5
         floors = by_seed(records, "conditional" if claim.table == "alpha" else claim.table, "real", claim.metric)
         floor = statistics.fmean(floors.values()) if floors else 0.0
-        holds = abs(mean) < floor if claim.equal else len(seeds) > 1 and min(differences) > 0 and mean > 2 * error
+        holds = len(seeds) > 1 and (abs(mean) < floor if claim.equal else min(differences) > 0 and mean > 2 * error)
         verdicts.append(Verdict(claim, differences, floor, holds))
     return verdicts
 
@@ -972,8 +976,7 @@ def summary(results: dict) -> str:
     for v in verdicts:
         c, sign = v.claim, "equals" if v.claim.equal else "below"
         each = mean_and_deviation(dict(enumerate(v.differences)))
-        verdict = "holds" if v.holds else "**fails**"
-        lines.append(f"| {c.better} {sign} {c.worse}, {c.metric} | {each} | {c.paper} | {verdict} |")
+        lines.append(f"| {c.better} {sign} {c.worse}, {c.metric} | {each} | {c.paper} | {v.word} |")
     return "\n".join([*lines, "", checked, "", markdown(results)])
 
 
