@@ -57,7 +57,6 @@ NAME = "03_temporal_layers"
 class Config(BaseConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
-    feed_forward: float = 4.0  # width of the temporal feed-forward layers over their channels
     steps: int = 1100  # training steps
     batch: int = 2  # clips per step
     lr: float = 1e-3  # learning rate
@@ -123,7 +122,7 @@ def load_temporal(run: Run, image) -> dict[str, torch.Tensor]:
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list]:
     torch.manual_seed(config.seed)  # initial temporal weights
-    unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
+    unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames))
     unet.train_temporal_only()  # theta frozen, phi and alpha learn
     optimizer, ema = adamw(unet, config.lr), EMA(unet, config.ema_decay)
     diffusion, extra = image.diffusion, {"lineage": image.lineage, "alphas": []}
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         image = lesson02.planned(config)
         with torch.device("meta"):
-            unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
+            unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames))
         unet.train_temporal_only()
         return dry_run(
             config,

@@ -56,7 +56,6 @@ FRAMES = 5  # two ends and three between: this is what "interpolation by 4" mean
 @dataclass(kw_only=True)
 class Config(BaseConfig):
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
-    feed_forward: float = 4.0  # width of the temporal feed-forward layers over their channels
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
     steps: int = 750  # training steps
@@ -98,7 +97,7 @@ class Interpolator(nn.Module):
     def __init__(self, config: Config, image) -> None:
         super().__init__()
         self.unet = image.unet(
-            TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward,
+            TemporalOptions(alpha_frames=config.alpha_frames,
                             context_dim=config.stage_dim, known_channels=image.shape[0] + 1,
                             known_features=config.known_features)
         )

@@ -13,13 +13,11 @@ does not grow with the length of the video.
 
 Expect a drive that keeps its sky, land and light, and a drift plot that stays inside the band of real clips.
 
-Reads OUT/02 to OUT/07; where they are not trained yet, the small checkpoints that come with the code. Writes
-OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,
-drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds, long-large.mp4 and so on.
+Reads OUT/02 to OUT/07. Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of
+it), contact_sheet.png, drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds,
+long-large.mp4 and so on.
 """
 
-import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -74,26 +72,6 @@ PRESETS: dict[str, dict] = {
     "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
     "biking": dict(seconds=60.0),
 }
-
-
-# %% Weights: those of OUT, or the small ones of the repository
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"  # made by docs/pack.py; laid out as an OUT
-NEEDED = ("02_image_ldm/autoencoder.pt", "02_image_ldm/checkpoint.pt", "04_decoder_finetune/checkpoint.pt",
-          "05_prediction/checkpoint.pt", "06_interpolation/checkpoint.pt", "07_upsampler/image.pt",
-          "07_upsampler/checkpoint.pt")
-
-
-def with_weights(run: Run) -> Run:
-    """The run, looking for weights in CHECKPOINTS where OUT has trained none of its own. Its folder stays."""
-    config = run.config
-    there = [name for name in NEEDED if (config.folder() / name).exists()]
-    if there or config.preset != "cpu" or config.data != "driving" or not CHECKPOINTS.exists():
-        return run  # a lesson that is missing among trained ones is named by its own error
-    print(f"{config.folder()} has no trained lessons: using the small checkpoints in {CHECKPOINTS}")
-    other = copy.copy(run)
-    other.config = dataclasses.replace(config, out=str(CHECKPOINTS))
-    return other
 
 
 # %% The stages, each a generator over the frames of one video
@@ -305,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         return show_plan(config)
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
-    run = with_weights(Run(NAME, config))
+    run = Run(NAME, config)
     image = lesson02.load(run)
     labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)

@@ -97,7 +97,7 @@ class Config(BaseConfig):
     frames: int = 8  # frames of a judged clip
     samples: int = 256  # clips that are judged in each row
     references: int = 1024  # real clips they are judged against
-    rollouts: int = 64  # videos in the table of long prediction
+    rollouts: int = 128  # videos in the table of long prediction
     ddim_steps: int = 8  # sampling steps of every row
     guidance: float = 1.5  # scale of context guidance in the guided row; the sweep has others
     reader_steps: int = 1500  # training steps of each network that reads scenes
@@ -172,8 +172,10 @@ class World:
 
     def lesson(self, lesson, variant: str = "", **options) -> tuple[Run, object]:
         """The run and configuration of a lesson in this seed's folder."""
-        config = lesson_config(self.config, lesson, out=str(self.folder), seed=self.seed, resume=True, **options)
-        return Run(lesson.NAME, config, variant), config
+        config = lesson_config(self.config, lesson, out=str(self.folder), seed=self.seed, **options)
+        run = Run(lesson.NAME, config, variant)  # refuses a folder that another recipe trained
+        config.resume = True
+        return run, config
 
     # the networks that measure, shared by all seeds
 
@@ -833,7 +835,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        return "holds" if self.holds else "**fails**" if len(self.differences) > 1 else "one seed, not judged"
+        judged = "**fails**" if len(self.differences) >= 3 else "fewer than 3 seeds, not judged"
+        return "holds" if self.holds else judged
 
     def __str__(self) -> str:
         c, mean, spread = self.claim, statistics.fmean(self.differences), deviation(self.differences)
@@ -862,7 +865,7 @@ def judge(records: list[dict]) -> list[Verdict]:
         mean, error = statistics.fmean(differences), deviation(differences) / len(seeds) ** 0.5
         floors = by_seed(records, "conditional" if claim.table == "alpha" else claim.table, "real", claim.metric)
         floor = statistics.fmean(floors.values()) if floors else 0.0
-        holds = len(seeds) > 1 and (abs(mean) < floor if claim.equal else min(differences) > 0 and mean > 2 * error)
+        holds = len(seeds) >= 3 and (abs(mean) < floor if claim.equal else min(differences) > 0 and mean > 2 * error)
         verdicts.append(Verdict(claim, differences, floor, holds))
     return verdicts
 
@@ -961,10 +964,12 @@ def summary(results: dict) -> str:
     kinds = [[v for v in verdicts if v.claim.equal == equal] for equal in (False, True)]
     held = [sum(v.holds for v in kind) for kind in kinds]
     seeds = sorted({r["seed"] for r in results["records"]})
-    few = "" if len(seeds) >= 3 else f"**Only {len(seeds)} of 3 seeds so far, so no ordering can hold yet.** "
+    few = "" if len(seeds) >= 3 else f"**Only {len(seeds)} of 3 seeds so far, so nothing is judged yet.** "
+    counts = "" if few else (
+        f"Of the paper's orderings {held[0]} of {len(kinds[0])} hold here, of its equivalences {held[1]} of "
+        f"{len(kinds[1])}. ")
     lines = [
-        f"{few}Of the paper's orderings {held[0]} of {len(kinds[0])} hold here, of its equivalences {held[1]} of "
-        f"{len(kinds[1])}. An ordering holds when the paired difference has the same sign in every seed and exceeds "
+        f"{few}{counts}An ordering holds when the paired difference has the same sign in every seed and exceeds "
         "twice its standard error; an equivalence, when the difference is smaller than the distance of real clips from "
         "other real clips. toy-FVD and toy-FID are distances in features of small networks trained here; they rank the "
         "rows of a table and cannot be compared with published numbers.", "",
@@ -1017,7 +1022,7 @@ def draw_table(records: list[dict], name: str, title: str, rows: list[Row], fold
                 axis.plot(values, [place] * len(values), ".", color="0.2", markersize=3)
         axis.set(title=metric, yticks=range(len(rows)), yticklabels=[row.name for row in rows])
     axes[0, 0].invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(title, y=1.02 + 0.2 / len(rows))
     save_figure(figure, folder / f"{name}.png")
 
 
@@ -1066,8 +1071,12 @@ def check(config: Config) -> None:
     for name in config.table:
         if name not in TABLES:
             raise UserError(f"--table {name}: there is {', '.join(TABLES)}")
-    if config.preset != "smoke" and config.samples <= 128:
-        raise UserError(f"--samples {config.samples}: features are 128 wide; a covariance of them needs more clips")
+    fewest = min(config.samples // 2, config.rollouts)  # the upsampler's table judges half as many clips
+    if config.preset != "smoke" and fewest <= ClipReader.FEATURES:
+        raise UserError(f"--samples {config.samples} --rollouts {config.rollouts}: a covariance of clip features, "
+                        f"{ClipReader.FEATURES} wide, needs more clips (samples count half in one table)")
+    if config.data != "driving":
+        raise UserError(f"--data {config.data}: the tables are of procedural scenes; folders go with --protocol")
     if config.detector != "toy" and config.frames < 16:
         raise UserError(f"--frames {config.frames}: a detector is given clips of 16 (add --frames 16 --samples 2048)")
     if config.detector != "toy":

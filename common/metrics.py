@@ -74,6 +74,8 @@ class ClipReader(nn.Module):
     """Reads a clip of any length: night, cars, how far the camera goes per frame, curvature, and whether the frames are
     in order. b t 3 h w -> features b 96."""
 
+    FEATURES = 96
+
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         widths = [3, width, 2 * width, 3 * width, 4 * width]
@@ -327,7 +329,7 @@ def load_clip(folder: str):
     try:
         from transformers import CLIPModel, CLIPProcessor
     except ImportError:
-        raise UserError('--clip needs transformers: pip install transformers (or pip install "videoldm[sd]")') from None
+        raise UserError('--clip needs transformers: pip install transformers') from None
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)

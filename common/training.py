@@ -268,7 +268,7 @@ def known_good(run: Run, presets: dict[str, dict]) -> None:
     """Says whether a run with the default flags came out as ours did: losses and numbers of docs/expected/NN.csv.
 
     Rows are preset, file ("metrics.csv" and the like, or "numbers"), name, step, value, tolerance; a loss is averaged
-    over the `WINDOW` steps before `step`. Made by docs/collect.py. Other flags than the preset's have no expectation.
+    over the 50 steps before `step`. Made by docs/collect.py. Other flags than the preset's have no expectation.
     """
     path, default = EXPECTED / f"{run.name[:2]}.csv", preset_config(type(run.config), presets, run.config.preset)
     if not path.exists() or any(

@@ -110,7 +110,7 @@ def write_expected(out: Path) -> None:
         for name, number in json.loads((folder / "numbers.json").read_text()).items():
             if number["unit"] != "s":
                 value = number["value"]
-                tolerance = {"dB": 1.5, "%": 10.0}.get(number["unit"], max(0.3 * abs(value), 0.01))
+                tolerance = {"dB": 1.5, "%": 10.0}.get(number["unit"], max(0.3 * abs(value), 0.002))
                 rows.append([preset, "numbers", name, "", f"{value:.4g}", f"{tolerance:.2g}"])
         path = DOCS / "expected" / f"{folder.name[:2]}.csv"
         path.parent.mkdir(exist_ok=True)

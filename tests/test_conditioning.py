@@ -54,7 +54,7 @@ def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
 def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     image = smoke_image()
     config = preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
-    old = randomise(image.unet(TemporalOptions(ff_mult=config.feed_forward)), 3).state_dict()
+    old = randomise(image.unet(TemporalOptions()), 3).state_dict()
     unet = lesson05.build(config, image)
     lesson03.grow(unet, {name: value for name, value in old.items() if is_temporal(name)})
     new = unet.state_dict()
