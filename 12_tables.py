@@ -97,8 +97,8 @@ class Config(BaseConfig):
     frames: int = 8  # frames of a judged clip
     samples: int = 256  # clips that are judged in each row
     references: int = 1024  # real clips they are judged against
-    rollouts: int = 128  # videos in the table of long prediction
-    ddim_steps: int = 8  # sampling steps of every row
+    rollouts: int = 100  # videos in the table of long prediction
+    ddim_steps: int = 8  # sampling steps of every row, images and clips alike
     guidance: float = 1.5  # scale of context guidance in the guided row; the sweep has others
     reader_steps: int = 1500  # training steps of each network that reads scenes
 
@@ -294,8 +294,8 @@ def first_frames(world: World, variant: str, labels: Clips, guidance: float, par
     if variant == "end-to-end":  # it has no image model: the first frame of a clip with nothing given
         nothing = torch.zeros(len(labels), 0, *image.shape)
         return lesson05.predict_clips(unet, image, nothing, labels, config, run, "first", part)[:, 0]
-    steps = 2 * config.ddim_steps
-    return lesson02.sample_images(image.unet(), image, labels, guidance, run, steps, config.eta, "first", part)
+    unet, steps = image.unet(), config.ddim_steps
+    return lesson02.sample_images(unet, image, labels, guidance, run, steps, config.eta, "first", part)
 
 
 @torch.no_grad()
@@ -339,7 +339,7 @@ def independent(world: World) -> torch.Tensor:
 
     def part(labels: Clips, start: int) -> torch.Tensor:
         frames, image = labels.repeat(world.config.frames), world.image()
-        z = lesson02.sample_images(image.unet(), image, frames, 1.0, world.run, 2 * world.config.ddim_steps, 1.0, start)
+        z = lesson02.sample_images(image.unet(), image, frames, 1.0, world.run, world.config.ddim_steps, 1.0, start)
         return decoded(image, world.run, rearrange(z, "(b t) c h w -> b t c h w", t=world.config.frames))
 
     return world.keep("independent", lambda: in_parts(conditions(world.config.samples), part))
@@ -691,7 +691,7 @@ def interpolation_rows(passes: int) -> Iterator[Row]:
         image = w.image()
 
         def part(labels: Clips, start: int) -> torch.Tensor:
-            z = lesson02.sample_images(image.unet(), image, labels.repeat(t - 2), 1.0, w.run, 2 * w.config.ddim_steps,
+            z = lesson02.sample_images(image.unet(), image, labels.repeat(t - 2), 1.0, w.run, w.config.ddim_steps,
                                        1.0, "between", start)
             between = decoded(image, w.run, rearrange(z, "(b t) c h w -> b t c h w", t=t - 2))
             return torch.cat([labels.video[:, :1], between, labels.video[:, -1:]], dim=1)
@@ -734,7 +734,7 @@ def control_rows() -> Iterator[Row]:
 
         def part(labels: Clips, start: int) -> torch.Tensor:
             key = ("control", variant, start)
-            steps = 2 * w.config.ddim_steps
+            steps = w.config.ddim_steps
             z = lesson02.sample_images(image.unet(), image, labels, guidance, w.run, steps, 1.0, *key)
             return decoded(image, w.run, z[:, None])
 
