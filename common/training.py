@@ -159,15 +159,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32 (AMX on CPUs), else float32."""
+    """bfloat16 where the hardware multiplies it faster than float32 (AMX or AVX512-BF16 on CPUs), else float32."""
     if name not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {name}: use auto, float32 or bfloat16")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has_amx else torch.float32
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if device.type == "cpu" else ()
+    fast = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return torch.bfloat16 if fast else torch.float32
 
 
 class Run:
