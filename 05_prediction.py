@@ -63,6 +63,7 @@ NAME = "05_prediction"
 class Config(BaseConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     context_shares: tuple[float, ...] = (0.2, 0.4, 0.4)  # probabilities of S = 0, 1, 2 (not given in the paper)
     temporal: Literal["both", "attention", "conv"] = "both"  # which temporal layers (attention: twice as many)
@@ -81,7 +82,7 @@ class Config(BaseConfig):
     futures: int = 8  # futures sampled for each
 
 
-PAPER = dict(known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
+PAPER = dict(feed_forward=4.0, known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, known_features=16, steps=3, batch=1, ddim_steps=2, samples=1, futures=2, sweep=(1.0, 2.0)),
     "cpu": {},
@@ -116,7 +117,7 @@ def masked_context(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def temporal_options(config: Config, image) -> TemporalOptions:
     """Temporal layers with c_S. Attention alone has no 3D-conv blocks and so no c_S of this kind: see `build`."""
     known = image.shape[0] + 1
-    options = dict(alpha_frames=config.alpha_frames, known_channels=known,
+    options = dict(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward, known_channels=known,
                    known_features=config.known_features)
     if config.temporal == "conv":
         return TemporalOptions(**options, attention_blocks=0)
@@ -138,7 +139,7 @@ def matching_ff_mult(config: Config, image) -> float:
             return count(ImageModel(image.config, "meta").unet(TemporalOptions(**options)), is_temporal)
 
     goal = trained(
-        alpha_frames=config.alpha_frames, known_channels=image.shape[0] + 1,
+        alpha_frames=config.alpha_frames, ff_mult=config.feed_forward, known_channels=image.shape[0] + 1,
         known_features=config.known_features,
     )
     attention = dict(alpha_frames=config.alpha_frames, conv=False, attention_blocks=2)

@@ -56,6 +56,7 @@ FRAMES = 5  # two ends and three between: this is what "interpolation by 4" mean
 @dataclass(kw_only=True)
 class Config(BaseConfig):
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
+    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
     known_features: int = 32  # channels c_S is embedded to ("context channels")
     stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
     steps: int = 750  # training steps
@@ -69,7 +70,7 @@ class Config(BaseConfig):
     samples: int = 12  # held-out clips of each rate in the numbers
 
 
-PAPER = dict(known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50,
+PAPER = dict(feed_forward=4.0, known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50,
              alpha_frames=5)
 PRESETS: dict[str, dict] = {
     "smoke": dict(known_features=16, stage_dim=16, steps=3, batch=2, ddim_steps=2, samples=1),
@@ -97,7 +98,7 @@ class Interpolator(nn.Module):
     def __init__(self, config: Config, image) -> None:
         super().__init__()
         self.unet = image.unet(
-            TemporalOptions(alpha_frames=config.alpha_frames,
+            TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward,
                             context_dim=config.stage_dim, known_channels=image.shape[0] + 1,
                             known_features=config.known_features)
         )

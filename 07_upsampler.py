@@ -65,7 +65,7 @@ class Config(BaseConfig):
     frames: int = 8  # T, frames of a training clip, and of a portion when sampling
     fps: float = 0.0  # frame rate of the training clips; 0: the final rate
     channels: int = 16  # base width
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # factor of the width per level
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # factor of the width per level
     depth: int = 1  # residual blocks per level
     attention: tuple[int, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a full frame
     heads: int = 4  # attention heads

@@ -13,11 +13,13 @@ does not grow with the length of the video.
 
 Expect a drive that keeps its sky, land and light, and a drift plot that stays inside the band of real clips.
 
-Reads OUT/02 to OUT/07. Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of
-it), contact_sheet.png, drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds,
-long-large.mp4 and so on.
+Reads OUT/02 to OUT/07; at the cpu preset, where nothing is trained there yet, the small weights in checkpoints/.
+Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,
+drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds, long-large.mp4 and so on.
 """
 
+import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +37,7 @@ from common.data import Clips, open_data
 from common.image_model import conditions
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.training import BaseConfig, Run, UserError, cli, count, known_good, parse
+from common.training import CHECKPOINTS, BaseConfig, Run, UserError, cli, count, known_good, parse
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -72,6 +74,25 @@ PRESETS: dict[str, dict] = {
     "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
     "biking": dict(seconds=60.0),
 }
+
+
+# %% Weights: those of OUT, or the small ones of the repository
+
+NEEDED = ("02_image_ldm/autoencoder.pt", "02_image_ldm/checkpoint.pt", "04_decoder_finetune/checkpoint.pt",
+          "05_prediction/checkpoint.pt", "06_interpolation/checkpoint.pt", "07_upsampler/image.pt",
+          "07_upsampler/checkpoint.pt")
+
+
+def with_weights(run: Run) -> Run:
+    """The run, looking for weights in checkpoints/ where OUT has trained none of its own. Its folder stays."""
+    config = run.config
+    there = [name for name in NEEDED if (config.folder() / name).exists()]
+    if there or config.preset != "cpu" or config.data != "driving" or not CHECKPOINTS.exists():
+        return run  # a lesson that is missing among trained ones is named by its own error
+    print(f"{config.folder()} has no trained lessons: using the small trained weights in {CHECKPOINTS}")
+    other = copy.copy(run)
+    other.config = dataclasses.replace(config, out=str(CHECKPOINTS))
+    return other
 
 
 # %% The stages, each a generator over the frames of one video
@@ -283,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         return show_plan(config)
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
-    run = Run(NAME, config)
+    run = with_weights(Run(NAME, config))
     image = lesson02.load(run)
     labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)

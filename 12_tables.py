@@ -15,7 +15,8 @@ Rows that are already in the results file are skipped, so an interrupted run goe
 Distances in features of networks trained here are called toy-FID and toy-FVD: they rank what is in these tables and
 cannot be compared with published numbers. Self-checks of the metrics stand in the first table.
 
-Reads nothing. Writes OUT/seedN/ (every lesson's folder) and RESULTS/: tables.json, tables.md, a figure per table.
+Reads checkpoints/readers: networks that read scenes, kept so that numbers of different days can be compared. Writes
+OUT/seedN/ (every lesson's folder) and RESULTS/: tables.json, tables.md, a figure per table.
 """
 
 import base64
@@ -64,7 +65,19 @@ from common.metrics import (
     train_reader,
 )
 from common.pictures import plt, save_figure, sheet
-from common.training import BaseConfig, Run, UserError, cli, parse, preset_config, write_text
+from common.training import (
+    CHECKPOINTS,
+    BaseConfig,
+    Run,
+    UserError,
+    channels_last,
+    cli,
+    load_checkpoint,
+    load_part,
+    parse,
+    preset_config,
+    write_text,
+)
 
 lesson02 = import_module("02_image_ldm")
 lesson03 = import_module("03_temporal_layers")
@@ -114,11 +127,11 @@ PRESETS: dict[str, dict] = {
 BASES = {"smoke": "smoke", "tables": "cpu", "gpu": "gpu"}
 TABLES_RECIPE = {
     "02_image_ldm": dict(ae_steps=2500, gan_start=2200, steps=3000, channels=64, multipliers=(1, 2), attention=(2,)),
-    "03_temporal_layers": dict(steps=1000, batch=4),
+    "03_temporal_layers": dict(feed_forward=4.0, steps=1000, batch=4),
     "04_decoder_finetune": dict(steps=400, gan_start=250, batch=4),
-    "05_prediction": dict(steps=1500, batch=4),
-    "06_interpolation": dict(steps=1200),
-    "07_upsampler": dict(patch=16, image_steps=1200, steps=300, ddim_steps=6),
+    "05_prediction": dict(feed_forward=4.0, steps=1500, batch=4),
+    "06_interpolation": dict(feed_forward=4.0, steps=1200),
+    "07_upsampler": dict(multipliers=(1, 2, 4, 8), patch=16, image_steps=1200, steps=300, ddim_steps=6),
 }
 
 
@@ -192,9 +205,15 @@ class World:
         return self.reader(CaptionReader, "captions.pt")
 
     def reader(self, kind: type, file: str):
+        """Trained in OUT; or, where OUT has none, the one of the repository, with which numbers can be compared."""
         torch.manual_seed(0)
         run = Run("readers", dataclasses.replace(self.config, out=str(self.config.folder()), resume=True))
-        return train_reader(run, kind(), self.config.reader_steps, *READER_SIZE, file)
+        kept, reader = CHECKPOINTS / "readers" / file, kind()
+        if self.config.preset != "tables" or (run.folder / file).exists() or not kept.exists():
+            return train_reader(run, reader, self.config.reader_steps, *READER_SIZE, file)
+        print(f"{run.folder} has no {file}: using {kept}")
+        load_part(reader, load_checkpoint(kept, "git checkout checkpoints")["reader"], kept)
+        return channels_last(reader).to(run.device).requires_grad_(False).eval()
 
     @cached_property
     def detector(self) -> Detector | None:

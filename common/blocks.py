@@ -75,7 +75,7 @@ class TemporalOptions:
     context_dim: width of the tokens in temporal cross-attention, 0 for none; known_channels: channels of c_S, 0 for
     none; known_features: channels it is embedded to ("context channels"); conv: whether 3D-conv blocks are inserted;
     attention_blocks: temporal transformer blocks per spatial transformer, 0 for none; ff_mult: width of their
-    feed-forward layers; positions: whether frames are told their place.
+    feed-forward layers, and of the position embedding's up to 4; positions: whether frames are told their place.
     """
 
     alpha_frames: int = 1
@@ -333,8 +333,9 @@ class SpatialVideoTransformer(SpatialTransformer):
         )
         # frame positions, added to the tokens; the last layer is zero, or they would break the identity at the start
         if options.positions:
+            hidden = int(channels * min(4, options.ff_mult))
             self.time_pos_embed = nn.Sequential(
-                nn.Linear(channels, 4 * channels), nn.SiLU(), zero(nn.Linear(4 * channels, channels))
+                nn.Linear(channels, hidden), nn.SiLU(), zero(nn.Linear(hidden, channels))
             )
         self.time_mixer = AlphaMerge(options.alpha_frames)
 

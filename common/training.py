@@ -307,6 +307,8 @@ def mean_before(path: Path, name: str, step: int, window: int = 50) -> float | N
 
 # %% Checkpoints
 
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # small trained weights, made by docs/pack.py; an OUT
+
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes tensors and primitives to a temporary file beside `path` and renames it: never half a checkpoint."""

@@ -8,7 +8,7 @@ import torch
 from common.blocks import TemporalOptions
 from common.data import DrivingScenes
 from common.image_model import Conditioner, ImageModel, conditions
-from common.training import count, is_temporal, preset_config
+from common.training import UserError, count, is_temporal, preset_config
 from tests.test_network import randomise
 
 lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
@@ -54,7 +54,7 @@ def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
 def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     image = smoke_image()
     config = preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
-    old = randomise(image.unet(TemporalOptions()), 3).state_dict()
+    old = randomise(image.unet(TemporalOptions(ff_mult=config.feed_forward)), 3).state_dict()
     unet = lesson05.build(config, image)
     lesson03.grow(unet, {name: value for name, value in old.items() if is_temporal(name)})
     new = unet.state_dict()
@@ -66,6 +66,9 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     assert torch.equal(new["input_blocks.1.0.time_mixer.mix_factor"], old["input_blocks.1.0.time_mixer.mix_factor"])
     tokens = new["input_blocks.1.0.time_stack.in_layers.0.weight"]
     assert tokens[width:].eq(1).all()
+    other = image.unet(TemporalOptions(ff_mult=2 * config.feed_forward)).state_dict()
+    with pytest.raises(UserError, match="--feed-forward"):
+        lesson03.grow(unet, {name: value for name, value in other.items() if is_temporal(name)})
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])
