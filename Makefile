@@ -1,4 +1,5 @@
-# Two commands for a newcomer: `make demo` (trains what is missing, writes a long video) and `make test`.
+# Two commands for a newcomer: `make demo` (a long video from the weights in checkpoints/, no training) and `make test`.
+# `make course` trains every lesson from nothing, or goes on where it was interrupted.
 # TORCH_CONSTRAINTS: a pip constraints file; the tested torch by default, since an unpinned install can pull several GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,10 +30,11 @@ $(OUT)/05_prediction/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
-demo: $(LESSONS:%=$(OUT)/%/numbers.json)
-	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
+demo: $(VENV)/installed
+	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --night 0 --cars 1 --overwrite
 
-course: demo
+course: $(LESSONS:%=$(OUT)/%/numbers.json)
+	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
 
 smoke: $(VENV)/installed
 	rm -rf runs/smoke-driving
