@@ -229,6 +229,16 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(measured: 
         assert found["value"] == pytest.approx(dropped["numbers"][metric]["value"], abs=1e-6)
 
 
+def test_processes_side_by_side_keep_each_others_rows(tmp_path: Path) -> None:
+    config = preset_config(tables.Config, tables.PRESETS, "smoke", results=str(tmp_path))
+    rows = [{"table": "ablations", "row": row, "seed": seed, "numbers": {}} for seed, row in ((1, "ours"), (0, "pixel"))]
+    tables.add_rows(config, rows[:1])
+    tables.add_rows(config, rows[1:])  # another process
+    results = tables.add_rows(config, rows[:1])
+    assert results["records"] == [rows[1], rows[0]]  # each once, by seed
+    assert json.loads((tmp_path / "tables.json").read_text()) == results
+
+
 def test_render_writes_the_same_text_again(measured: Path) -> None:
     text = (measured / "results" / "tables.md").read_text()
     done = start("12_tables", "--preset", "smoke", "--render", "--results", measured / "results")
