@@ -231,7 +231,7 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(measured: 
 
 def test_processes_side_by_side_keep_each_others_rows(tmp_path: Path) -> None:
     config = preset_config(tables.Config, tables.PRESETS, "smoke", results=str(tmp_path))
-    rows = [{"table": "ablations", "row": row, "seed": seed, "numbers": {}} for seed, row in ((1, "ours"), (0, "pixel"))]
+    rows = [{"table": "ablations", "row": name, "seed": s, "numbers": {}} for s, name in ((1, "ours"), (0, "pixel"))]
     tables.add_rows(config, rows[:1])
     tables.add_rows(config, rows[1:])  # another process
     results = tables.add_rows(config, rows[:1])
