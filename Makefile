@@ -31,7 +31,7 @@ $(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
 demo: $(VENV)/installed
-	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --night 0 --cars 1 --overwrite
+	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --seed 6 --night 0 --cars 1 --overwrite
 
 course: $(LESSONS:%=$(OUT)/%/numbers.json)
 	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
