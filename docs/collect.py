@@ -2,6 +2,7 @@
 
 python docs/collect.py runs/cpu-driving driving
 python docs/collect.py runs/cpu-dashcam real
+python docs/collect.py runs/demo demo            only pictures, of what `make demo` wrote
 python docs/collect.py runs/cpu-driving expected  writes the known-good values, docs/expected/NN.csv
 python docs/collect.py                           only rewrites the README from docs/numbers/*.json
 """
@@ -33,6 +34,8 @@ def collect(out: Path, name: str) -> None:
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
         shown = picture.name in SHOWN.get(picture.parent.name, ()) and (name == "driving" or picture.name in GENERATED)
+        if name == "driving" and picture.parent.name in DEMO:
+            continue  # the demo's are shown
         if shown:
             suffix = "" if name == "driving" else f"_{name}"
             copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
@@ -72,6 +75,8 @@ SHOWN = {
     "07_upsampler": ("upsampled.png",),
     "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
 }
+DEMO = {"08_sample_long": {"long.webp": "08_small.webp", "long-large.webp": "08_long.webp",
+                           "contact_sheet.png": "08_contact_sheet.png", "drift.png": "08_drift.png"}}
 # of real clips only what models made may be shown: these pictures hold no source frame
 GENERATED = (
     "samples.png",
@@ -145,6 +150,11 @@ def render() -> str:
 def main(argv: list[str]) -> None:
     if argv and argv[1] == "expected":
         return write_expected(Path(argv[0]))
+    if argv and argv[1] == "demo":
+        for lesson, pictures in DEMO.items():
+            for name, shown in pictures.items():
+                copy_small(Path(argv[0]) / lesson / name, DOCS / "figures" / shown)
+        return
     if argv:
         collect(Path(argv[0]), argv[1])
     before, rest = README.read_text().split(BEGIN)
