@@ -703,18 +703,28 @@ def interpolation_rows(passes: int) -> Iterator[Row]:
 
         return in_parts(real(w), part)
 
+    def decoded_truth(w: World) -> torch.Tensor:  # what can be reached on these latents, and where the blend begins
+        image = w.image()
+
+        def part(labels: Clips, start: int) -> torch.Tensor:
+            with w.run.autocast():
+                return image.decode(image.encode(labels.video), t)
+
+        return in_parts(real(w), part)
+
     def blend(w: World) -> torch.Tensor:
-        ends, weight = real(w).video[:, [0, -1]], torch.linspace(0, 1, t).view(1, -1, 1, 1, 1)
+        ends, weight = decoded_truth(w)[:, [0, -1]], torch.linspace(0, 1, t).view(1, -1, 1, 1, 1)
         return (1 - weight) * ends[:, :1] + weight * ends[:, 1:]
 
     def alone(w: World) -> torch.Tensor:
-        image = w.image()
+        image, ends = w.image(), decoded_truth(w)[:, [0, -1]]
 
         def part(labels: Clips, start: int) -> torch.Tensor:
             z = lesson02.sample_images(image.unet(), image, labels.repeat(t - 2), 1.0, w.run, w.config.ddim_steps,
                                        1.0, "between", start)
             between = decoded(image, w.run, rearrange(z, "(b t) c h w -> b t c h w", t=t - 2))
-            return torch.cat([labels.video[:, :1], between, labels.video[:, -1:]], dim=1)
+            first, last = ends[start : start + len(labels)].split(1, dim=1)
+            return torch.cat([first, between, last], dim=1)
 
         return in_parts(real(w), part)
 
@@ -725,8 +735,9 @@ def interpolation_rows(passes: int) -> Iterator[Row]:
         return found | plain("gradient of the middle over real", sharp, video, rate(w))
 
     yield Row("real", "the true frames", lambda w: numbers(w, real(w).video))
+    yield Row("autoencoder", "the true frames, encoded and decoded", lambda w: numbers(w, decoded_truth(w)))
     yield Row("ours", f"the interpolation model, {passes} pass{'es' * (passes - 1)}", lambda w: numbers(w, ours(w)))
-    yield Row("linear blend", "of the two end frames", lambda w: numbers(w, blend(w)))
+    yield Row("linear blend", "of the two decoded end frames", lambda w: numbers(w, blend(w)))
     yield Row("image model alone", "every frame between on its own", lambda w: numbers(w, alone(w)))
 
 
@@ -789,7 +800,7 @@ def draw_boxes(world: World, images: torch.Tensor) -> None:
     for i in clips.cars.argsort(descending=True, stable=True)[:4].tolist():
         outline = -torch.ones(3, height, width)
         corners = clips.boxes[i, 0] * torch.tensor([width, height, width, height])
-        for x0, y0, x1, y1 in corners.round().long().tolist():
+        for x0, y0, x1, y1 in corners[corners.any(1)].round().long().tolist():  # the other slots hold no car
             outline[:, y0:y1, x0:x1] = 1
             outline[:, y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = -1
         with run.autocast():
