@@ -272,9 +272,9 @@ def clip(tmp_path: Path) -> Path:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    config = transformers.CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=2, eos_token_id=len(words) - 1,
-                                         bos_token_id=len(words) - 2)  # fmt: skip
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        eos_token_id=len(words) - 1, bos_token_id=len(words) - 2)  # fmt: skip
     transformers.CLIPTextModel(config).save_pretrained(tmp_path / "text_encoder")
     transformers.CLIPTokenizer(str(tmp_path / "tokenizer" / "vocab.json"), str(tmp_path / "tokenizer" / "merges.txt")
                                ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
