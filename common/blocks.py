@@ -253,17 +253,21 @@ class FrameAttention(Attention):
 
 
 class TransformerBlock(nn.Module):
-    """Spatial: self-attention, cross-attention (where there is a context), feed-forward, each on a LayerNorm. b s c"""
+    """Spatial: self-attention, cross-attention (where there is a context), feed-forward, each on a LayerNorm. b s c
 
-    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+    text_only: the first attention looks at the context too (the x4 upscaler's way of disabling self-attention).
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, text_only: bool = False) -> None:
         super().__init__()
+        self.text_only = text_only
         self.norm1, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.attn1, self.ff = Attention(channels, heads), FeedForward(channels)
+        self.attn1, self.ff = Attention(channels, heads, context_dim if text_only else 0), FeedForward(channels)
         if context_dim:
             self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_dim)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.text_only else None)
         if hasattr(self, "attn2"):
             x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -298,11 +302,12 @@ class SpatialTransformer(nn.Module):
     linear: the projections are Linear (SD 2.x) rather than 1x1 convolutions (SD 1.x); the mathematics is the same.
     """
 
-    def __init__(self, channels: int, heads: int, context_dim: int, linear: bool = True) -> None:
+    def __init__(self, channels: int, heads: int, context_dim: int, linear: bool = True,
+                 text_only: bool = False) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim, text_only)])
         self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
     @staticmethod
@@ -325,9 +330,10 @@ class SpatialVideoTransformer(SpatialTransformer):
     """A spatial transformer with its temporal block inside: after the spatial block, before the output projection."""
 
     def __init__(
-        self, channels: int, heads: int, context_dim: int, options: TemporalOptions, linear: bool = True
+        self, channels: int, heads: int, context_dim: int, options: TemporalOptions, linear: bool = True,
+        text_only: bool = False,
     ) -> None:
-        super().__init__(channels, heads, context_dim, linear)
+        super().__init__(channels, heads, context_dim, linear, text_only)
         self.time_stack = nn.ModuleList(
             [FrameTransformerBlock(channels, heads, options) for _ in range(options.attention_blocks)]
         )

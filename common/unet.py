@@ -64,12 +64,14 @@ class UNet(nn.Module):
     fixes the other; context_dim: width of the tokens in spatial cross-attention, 0 for none;
     label_classes: with n > 0, an embedding of integer labels, with n < 0 an MLP on label vectors of width -n, added to
     the diffusion time (noise level of an upsampler; vector conditioning of Stable Video Diffusion);
-    linear: Linear projections in transformers (SD 2.x) rather than 1x1 convolutions (SD 1.x).
+    linear: Linear projections in transformers (SD 2.x) rather than 1x1 convolutions (SD 1.x);
+    text_only: downsampling factors of levels whose first attention sees the context instead of the picture (x4 model).
     """
 
     def __init__(self, in_channels: int, out_channels: int, channels: int, multipliers: Sequence[int], depth: int,
                  attention: Sequence[int], heads: int = 0, head_channels: int = 0, context_dim: int = 0,
-                 label_classes: int = 0, linear: bool = True, temporal: TemporalOptions | None = None) -> None:
+                 label_classes: int = 0, linear: bool = True, temporal: TemporalOptions | None = None,
+                 text_only: Sequence[int] = ()) -> None:
         super().__init__()
         self.channels, self.temporal, emb = channels, temporal, 4 * channels
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -84,11 +86,11 @@ class UNet(nn.Module):
                 return VideoResBlock(width, emb, out, temporal)
             return ResBlock(width, emb, out)
 
-        def transformer(width: int) -> SpatialTransformer:
+        def transformer(width: int, factor: int = 0) -> SpatialTransformer:
             number = heads or width // head_channels
             if temporal and temporal.attention_blocks:
-                return SpatialVideoTransformer(width, number, context_dim, temporal, linear)
-            return SpatialTransformer(width, number, context_dim, linear)
+                return SpatialVideoTransformer(width, number, context_dim, temporal, linear, factor in text_only)
+            return SpatialTransformer(width, number, context_dim, linear, factor in text_only)
 
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
         width, factor, skips = channels, 1, [channels]
@@ -97,7 +99,7 @@ class UNet(nn.Module):
                 layers: list[nn.Module] = [res(width, multiplier * channels)]
                 width = multiplier * channels
                 if factor in attention:
-                    layers.append(transformer(width))
+                    layers.append(transformer(width, factor))
                 self.input_blocks.append(Block(*layers))
                 skips.append(width)
             if level + 1 < len(multipliers):
@@ -111,7 +113,7 @@ class UNet(nn.Module):
                 layers = [res(width + skips.pop(), multiplier * channels)]
                 width = multiplier * channels
                 if factor in attention:
-                    layers.append(transformer(width))
+                    layers.append(transformer(width, factor))
                 if level and i == depth:
                     layers.append(Upsample(width))
                     factor //= 2

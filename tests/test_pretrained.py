@@ -1,0 +1,299 @@
+"""Real weights: the same numbers as independent implementations, and files that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.autoencoder import Autoencoder
+from common.blocks import TemporalOptions
+from common.pretrained import (
+    TextEncoder,
+    architecture,
+    autoencoder_architecture,
+    from_diffusers_autoencoder,
+    from_diffusers_unet,
+    inspect,
+    load_autoencoder,
+    load_unet,
+    load_weights,
+    read_part,
+)
+from common.training import UserError, is_temporal
+from common.unet import UNet
+
+diffusers = pytest.importorskip("diffusers")
+# 256 channels: from 224 on both sides have 32 groups
+TINY = dict(sample_size=8, block_out_channels=(256, 512), layers_per_block=2, cross_attention_dim=32,
+            norm_num_groups=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+SD1 = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+SD2 = dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+X4 = dict(sample_size=128, in_channels=7, block_out_channels=(256, 512, 512, 1024), cross_attention_dim=1024,
+          attention_head_dim=8, use_linear_projection=True, num_class_embeds=1000,
+          only_cross_attention=(True, True, True, False),
+          down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+          up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+slow = pytest.mark.slow
+
+
+def random_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every weight random, none zero, and sizes that keep the signal alive through a deep network."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.1
+            p.copy_(scale * torch.randn(p.shape, generator=draw) + (p.dim() == 1 and "norm" in name))
+    return module.eval()
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def both_ways(ours, theirs, x: torch.Tensor) -> tuple[float, float]:
+    """Relative differences of outputs and of input gradients."""
+    results = []
+    for f in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        out = f(leaf)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        (gradient,) = torch.autograd.grad((out * weight).sum(), leaf)
+        results.append((out.detach(), gradient))
+    (out, gradient), (their_out, their_gradient) = results
+    return difference(out, their_out), difference(gradient, their_gradient)
+
+
+def noise(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "heads"),
+    [
+        (TINY | dict(attention_head_dim=8), 8, dict(heads=8)),
+        (TINY | dict(attention_head_dim=[4, 8], use_linear_projection=True), 8, dict(head_channels=64)),
+        (TINY | dict(in_channels=7, attention_head_dim=8, use_linear_projection=True, num_class_embeds=10,
+                     only_cross_attention=(True, False)), 8, dict(heads=8)),
+        pytest.param(SD1, 32, {}, marks=slow),
+        pytest.param(SD2, 32, {}, marks=slow),
+        pytest.param(X4, 32, {}, marks=slow),
+    ],
+    ids=["tiny-1.x", "tiny-2.x", "tiny-x4", "SD 1.x", "SD 2.x", "x4"],
+)  # fmt: skip
+def test_the_image_network_equals_diffusers(config: dict, size: int, heads: dict) -> None:
+    theirs = random_weights(diffusers.UNet2DConditionModel(**config))
+    weights = from_diffusers_unet(theirs.state_dict())
+    ours = UNet(**architecture(weights, "diffusers", **heads)).eval()
+    report = load_weights(ours, weights, "diffusers")
+    assert not report.new and not report.unexpected
+    x, tau = noise(2, theirs.config.in_channels, size, size), torch.tensor([7, 801])
+    text = noise(2, 5, theirs.config.cross_attention_dim, seed=4)
+    label = torch.tensor([3, 8]) if theirs.config.num_class_embeds else None
+    out, gradient = both_ways(
+        lambda x: ours(x, tau, text, label=label),
+        lambda x: theirs(x, tau, text, class_labels=label).sample, x)  # fmt: skip
+    assert out < 1e-5 and gradient < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(block_out_channels=(128, 256), layers_per_block=1, latent_channels=4,
+             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
+        pytest.param(dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                          down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+                     marks=slow),
+    ],
+    ids=["tiny", "SD"],
+)  # fmt: skip
+def test_the_autoencoder_equals_diffusers(config: dict) -> None:
+    theirs = random_weights(diffusers.AutoencoderKL(**config))
+    weights = from_diffusers_autoencoder(theirs.state_dict())
+    ours = Autoencoder(**autoencoder_architecture(weights, "diffusers")).eval()
+    assert not load_weights(ours, weights, "diffusers").unexpected
+    x, z = noise(1, 3, 32, 32), noise(1, 4, 8, 8)
+    assert max(both_ways(ours.encode, lambda x: theirs.encode(x).latent_dist.mean, x)) < 1e-5
+    assert max(both_ways(ours.decode, lambda z: theirs.decode(z).sample, z)) < 1e-5
+
+
+VIDEO = dict(in_channels=8, block_out_channels=(256, 512), layers_per_block=2, cross_attention_dim=32,
+             num_attention_heads=(4, 8), addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
+             down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+             up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [(VIDEO, 8), pytest.param({}, 16, marks=slow)], ids=["tiny", "Stable Video Diffusion"]
+)
+def test_the_video_network_equals_diffusers(config: dict, size: int) -> None:
+    """Two things are set in theirs: the norms' eps to the released code's 1e-5, and the vector they always add to
+    that of the diffusion time, which comes from our label_emb as well."""
+    frames, theirs = 4, random_weights(diffusers.UNetSpatioTemporalConditionModel(**config))
+    for name, module in theirs.named_modules():
+        if isinstance(module, torch.nn.GroupNorm) and "resnets" in name:
+            module.eps = 1e-5
+    weights = from_diffusers_unet(theirs.state_dict())
+    ours = UNet(**architecture(weights, "diffusers", head_channels=64)).eval()
+    report = load_weights(ours, weights, "diffusers")
+    assert not report.new and not report.unexpected
+    x, tau = noise(2 * frames, 8, size, size), torch.tensor([7, 801])
+    text, ids = noise(2, 1, theirs.config.cross_attention_dim, seed=4), torch.tensor([[6.0, 127, 0.02]] * 2)
+    vector = theirs.add_time_proj(ids.flatten()).view(2, -1)
+    out, gradient = both_ways(
+        lambda x: ours(x, tau, text, label=vector, frames=frames, time_context=text),
+        lambda x: theirs(x.unflatten(0, (2, frames)), tau, text, ids).sample.flatten(0, 1), x)  # fmt: skip
+    assert out < 1e-5 and gradient < 1e-5
+
+
+# %% Files: every layout, and every way one can be wrong
+
+SMALL = dict(in_channels=4, out_channels=4, channels=16, multipliers=(1, 2), depth=1, attention=(1, 2), heads=2,
+             context_dim=8)  # fmt: skip
+
+
+def small() -> tuple[UNet, Autoencoder]:
+    autoencoder = Autoencoder(32, (1, 2), 1, 4, "kl")
+    return random_weights(UNet(**SMALL)), random_weights(autoencoder, 1)
+
+
+@pytest.fixture
+def single_file(tmp_path: Path) -> Path:
+    """A file as CompVis's, with averages, and with what else training leaves in them."""
+    unet, autoencoder = small()
+    content = {"model.diffusion_model." + name: value for name, value in unet.state_dict().items()}
+    averages = {"model_ema.diffusion_model" + n.replace(".", ""): 2 * v for n, v in unet.state_dict().items()}
+    content |= {"first_stage_model." + name: value for name, value in autoencoder.state_dict().items()} | averages
+    torch.save({"state_dict": content | {"betas": torch.zeros(3)}, "global_step": 7}, tmp_path / "model.ckpt")
+    return tmp_path / "model.ckpt"
+
+
+def test_a_single_file_needs_no_renaming(single_file: Path) -> None:
+    unet, autoencoder = small()
+    loaded, report = load_unet(single_file, heads=2)
+    assert not report.new and len(report.loaded) == len(unet.state_dict())
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in loaded.state_dict().items())
+    averaged, _ = load_unet(single_file, heads=2, ema=True)
+    assert torch.equal(averaged.out[2].weight, 2 * unet.out[2].weight)
+    z = load_autoencoder(single_file, scale=1.0)
+    assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in z.state_dict().items())
+
+
+def test_temporal_layers_are_new_and_start_as_the_image_model(single_file: Path) -> None:
+    video, report = load_unet(single_file, TemporalOptions(context_dim=8), heads=2)
+    image, _ = load_unet(single_file, heads=2)
+    assert report.new and all(is_temporal(name) for name in report.new)
+    x, text = noise(4, 4, 8, 8), noise(2, 3, 8, seed=4)
+    with torch.no_grad():
+        expected = image(x, torch.tensor([5, 900]), text)
+        assert torch.equal(video(x, torch.tensor([5, 900]), text, frames=2, time_context=text), expected)
+
+
+def test_safetensors_and_folders_read_the_same(single_file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = read_part(single_file, "unet")
+    save_file({"model.diffusion_model." + name: value for name, value in weights.items()}, tmp_path / "m.safetensors")
+    save_file(weights, tmp_path / "bare.safetensors")
+    for name in ("m.safetensors", "bare.safetensors"):
+        assert all(torch.equal(value, weights[n]) for n, value in read_part(tmp_path / name, "unet").items())
+    theirs = random_weights(diffusers.UNet2DConditionModel(**TINY | dict(attention_head_dim=8)))
+    theirs.save_pretrained(tmp_path / "pipeline" / "unet")
+    loaded, report = load_unet(tmp_path / "pipeline", heads=8)
+    assert torch.equal(loaded.out[2].weight, theirs.conv_out.weight) and not report.unexpected
+
+
+def test_inspect_says_what_is_there(single_file: Path) -> None:
+    weights = read_part(single_file, "unet")
+    text = inspect(single_file, heads=2)
+    assert f"loaded: {len(weights)}" in text and "new: " in text and "multipliers (1, 2)" in text
+    assert f"unet parameters: {sum(p.numel() for p in weights.values())}" in text
+
+
+class Code:
+    def __reduce__(self) -> tuple:
+        return print, ("this must never run",)
+
+
+def test_bad_files_end_in_one_line(single_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = tmp_path / "bad.ckpt"
+
+    def said(path: Path = bad, **options: object) -> str:
+        with pytest.raises(UserError) as caught:
+            load_unet(path, **{"heads": 2} | options)
+        assert "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
+        return str(caught.value)
+
+    assert "no such file" in said(tmp_path / "none.ckpt")
+    bad.write_bytes(single_file.read_bytes()[:-2000])
+    assert "truncated" in said()
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    assert "truncated" in said(tmp_path / "bad.safetensors")
+    torch.save({"state_dict": {"w": Code()}}, bad)
+    assert "run its code" in said()
+    assert "must never run" not in capsys.readouterr().out
+    torch.save({"state_dict": {"step": 3}}, bad)
+    assert "no named tensors" in said()
+    torch.save({"other": torch.zeros(2)}, bad)
+    assert "no weights of a U-Net" in said()
+    (tmp_path / "empty").mkdir()
+    assert "no .safetensors or .bin" in said(tmp_path / "empty")
+    weights = {"model.diffusion_model." + name: value for name, value in read_part(single_file, "unet").items()}
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    for change, expected in (({name: None}, "1 missing (middle_block.0.in_layers.2.weight)"),
+                             ({name: torch.zeros(3, 32, 3, 3)}, "1 wrong shape (middle_block.0.in_layers.2.weight (3,"),
+                             ({"model.diffusion_model.extra": torch.zeros(1)}, "1 unexpected (extra)")):  # fmt: skip
+        torch.save({"state_dict": {k: v for k, v in (weights | change).items() if v is not None}}, bad)
+        assert expected in said()
+    assert "leave out --ema" in said(ema=True)
+    assert "how many heads" in said(single_file, heads=0)
+
+
+def test_nothing_is_half_loaded(single_file: Path) -> None:
+    unet = UNet(**SMALL)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    weights = read_part(single_file, "unet")
+    weights["out.2.bias"] = torch.zeros(9)
+    with pytest.raises(UserError, match="out.2.bias"):
+        load_weights(unet, weights, single_file)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+# %% Text
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A small CLIP text model with a tokenizer of single letters, in the layout of a pipeline's folder."""
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(i) for i in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        eos_token_id=len(words) - 1, bos_token_id=len(words) - 2)  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(tmp_path / "text_encoder")
+    transformers.CLIPTokenizer(str(tmp_path / "tokenizer" / "vocab.json"), str(tmp_path / "tokenizer" / "merges.txt")
+                               ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
+    return tmp_path
+
+
+def test_text_is_encoded_once(clip: Path, tmp_path: Path) -> None:
+    encoder = TextEncoder(clip, cache=tmp_path / "cache")
+    tokens = encoder(["a red car", "a", "a red car"])
+    assert tokens.shape == (3, 77, 32) and torch.equal(tokens[0], tokens[2]) and not torch.equal(tokens[0], tokens[1])
+    again = TextEncoder(clip, cache=tmp_path / "cache")
+    assert torch.equal(again(["a", "a red car"]), tokens[[1, 0]]) and again.model is None
+    torch.testing.assert_close(TextEncoder(clip)(["a"])[0], tokens[1])
+
+
+def test_a_folder_that_is_no_text_encoder(clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no readable config.json"):
+        TextEncoder(tmp_path / "nowhere")
+    for file in (clip / "text_encoder").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="not CLIP's text model"):
+        TextEncoder(clip)(["a"])
