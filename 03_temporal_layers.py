@@ -9,7 +9,7 @@ rate (1.875 frames a second). With alpha = 1 the image model is still there, bit
   python 03_temporal_layers.py --help   every option
 
 Expect at the cpu preset: frames of a clip that agree in sky, land and light (the low-pass colour of adjacent frames
-changes 2 to 3 times as much as in real clips, and 20 times as much without temporal layers), and a held-out loss at
+changes 2 to 3 times as much as in real clips, and 18 times as much without temporal layers), and a held-out loss at
 tau = 800 that is 20 % below the image model's. The training curve hardly shows any of it, which is why the held-out
 loss is plotted per noise level.
 

@@ -10,7 +10,7 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
 
-Expect at the cpu preset: PSNR 0.3 dB above the image decoder's. Flicker does not fall in these few minutes (20 % less
+Expect at the cpu preset: PSNR 0.1 dB above the image decoder's. Flicker does not fall in these few minutes (20 % less
 is the goal): the image decoder's is low already, as the true latents of these smooth scenes hardly jump.
 
 Reads OUT/02_image_ldm. Writes OUT/04_decoder_finetune/: checkpoint.pt (the video decoder), features.pt, decoders.png,

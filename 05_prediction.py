@@ -8,7 +8,7 @@ continues, in as many futures as there are seeds; with S = 2, again and again, i
   python 05_prediction.py                          6 minutes on 2 cores
   python 05_prediction.py --temporal attention     the ablations of Table 1, each in a folder of its own:
                                                    also --temporal conv, --end-to-end, --pixel
-Expect at the cpu preset: given frames come back (29 dB); the best of 8 futures is about as near to the true next frame
+Expect at the cpu preset: given frames come back (30 dB); the best of 8 futures is about as near to the true next frame
 as a copy of the given one, which is hard to beat where only cars and dashes move; things move as far as in real clips
 (within 20 %).
 

@@ -22,7 +22,8 @@ from common.unet import UNet
 
 Weights = dict[str, torch.Tensor]
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.", "text": "cond_stage_model."}
-FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}  # of a diffusers pipeline
+FOLDERS = {"unet": "unet", "autoencoder": "vae"}  # of a diffusers pipeline
+FIRST = {"unet": "input_blocks.0.0.weight", "autoencoder": "encoder.conv_in.weight"}  # a name that each part has
 
 
 # %% Files
@@ -68,15 +69,16 @@ def read_folder(folder: Path, part: str) -> Weights:
         plain = [f for f in files if ".fp16." not in f.name and ".non_ema." not in f.name] or files
         if plain:
             return {name: value for file in plain for name, value in read_file(file).items()}
+    if any((folder / other).is_dir() for other in FOLDERS.values()):
+        return {}  # a pipeline without this part
     raise UserError(f"{inner}: no .safetensors or .bin file in this folder")
 
 
 def read_part(path: str | Path, part: str, ema: bool = False) -> Weights:
-    """One part ("unet", "autoencoder", "text") of a checkpoint under CompVis names without prefix, or {}."""
-    path = Path(path)
+    """One part ("unet" or "autoencoder") of a checkpoint under CompVis names without prefix, or {}."""
+    path, renamed = Path(path), {"unet": from_diffusers_unet, "autoencoder": from_diffusers_autoencoder}[part]
     if path.is_dir():
-        weights = read_folder(path, part)
-        return {"unet": from_diffusers_unet, "autoencoder": from_diffusers_autoencoder, "text": dict}[part](weights)
+        return renamed(read_folder(path, part))
     weights, prefix = read_file(path), PREFIXES[part]
     found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if ema and part == "unet":
@@ -84,7 +86,7 @@ def read_part(path: str | Path, part: str, ema: bool = False) -> Weights:
     if not found and not any(name.startswith(p) for name in weights for p in PREFIXES.values()):
         found = weights  # a file of this part alone
         if any(name.startswith(("down_blocks.", "encoder.down_blocks.")) for name in weights):
-            found = {"unet": from_diffusers_unet, "autoencoder": from_diffusers_autoencoder, "text": dict}[part](found)
+            found = renamed(found)
     return found
 
 
@@ -174,7 +176,7 @@ def compvis_autoencoder_name(name: str, levels: int) -> str:
 
 def architecture(weights: Weights, path: str | Path, heads: int = 0, head_channels: int = 0) -> dict:
     """The arguments of UNet. Heads cannot be seen in shapes; without them the released models' are taken."""
-    first = "input_blocks.0.0.weight"
+    first = FIRST["unet"]
     if first not in weights or "out.2.weight" not in weights:
         raise UserError(f"{path} has no weights of a U-Net (no input_blocks.0.0 or out.2)")
     channels, multipliers, counts, attention, text_only = weights[first].shape[0], [], [0], [], []
@@ -220,7 +222,7 @@ def temporal_options(weights: Weights) -> TemporalOptions | None:
 
 def autoencoder_architecture(weights: Weights, path: str | Path) -> dict:
     """The arguments of Autoencoder (KL)."""
-    if "encoder.conv_in.weight" not in weights:
+    if FIRST["autoencoder"] not in weights:
         raise UserError(f"{path} has no weights of an autoencoder (no encoder.conv_in)")
     channels, multipliers, depth = weights["encoder.conv_in.weight"].shape[0], [], 0
     while (width := weights.get(f"encoder.down.{len(multipliers)}.block.0.conv2.weight")) is not None:
@@ -303,7 +305,7 @@ def inspect(path: str | Path, heads: int = 0) -> str:
     lines = []
     for part in ("unet", "autoencoder"):
         weights = read_part(path, part)
-        if not weights:
+        if FIRST[part] not in weights:  # a file or folder of another part alone
             continue
         with torch.device("meta"):
             if part == "unet":

@@ -33,10 +33,11 @@ def collect(out: Path, name: str) -> None:
     (DOCS / "numbers").mkdir(exist_ok=True)
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
-        shown = picture.name in SHOWN.get(picture.parent.name, ()) and (name == "driving" or picture.name in GENERATED)
-        if name == "driving" and picture.parent.name in DEMO:
-            continue  # the demo's are shown
-        if shown:
+        if name == "driving":  # the demo's pictures stand for lesson 8
+            shown = picture.parent.name not in DEMO
+        else:
+            shown = picture.name in GENERATED
+        if shown and picture.name in SHOWN.get(picture.parent.name, ()):
             suffix = "" if name == "driving" else f"_{name}"
             copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
 

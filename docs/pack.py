@@ -3,8 +3,9 @@
 python docs/pack.py runs/cpu-driving                   all that 08_sample_long.py loads
 python docs/pack.py runs/tables-driving                the readers of 12_tables.py
 
-Keeps the averaged weights in half precision, laid out as an OUT; checkpoints/made.json says of each file which command,
-commit and seed made it, and metrics.csv beside it holds the curve, a mean over every 50 steps.
+Keeps the averaged weights in half precision, laid out as an OUT. checkpoints/made.json says of each file which command
+and seed made it and at which commit it was packed (pack where you trained); metrics.csv or its like beside it holds
+the curve, a mean over every 50 steps.
 """
 
 import csv

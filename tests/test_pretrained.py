@@ -202,6 +202,8 @@ def test_safetensors_and_folders_read_the_same(single_file: Path, tmp_path: Path
     theirs.save_pretrained(tmp_path / "pipeline" / "unet")
     loaded, report = load_unet(tmp_path / "pipeline", heads=8)
     assert torch.equal(loaded.out[2].weight, theirs.conv_out.weight) and not report.unexpected
+    for alone in (tmp_path / "pipeline", tmp_path / "bare.safetensors"):  # there is no autoencoder in these
+        assert "unet: " in inspect(alone, heads=2) and "autoencoder: " not in inspect(alone, heads=2)
 
 
 def test_inspect_says_what_is_there(single_file: Path) -> None:
