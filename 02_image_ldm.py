@@ -152,10 +152,10 @@ def presets(pixel: bool) -> dict[str, dict]:
 # %% What this lesson makes and the later ones freeze
 
 
-def planned(config: BaseConfig, pixel: bool = False) -> ImageModel:
+def planned(config: BaseConfig, pixel: bool = False, **options) -> ImageModel:
     """The model a preset would have, without weights, on the meta device: for --dry-run."""
     with torch.device("meta"):
-        image = preset_config(Config, presets(pixel), config.preset, data=config.data, pixel=pixel)
+        image = preset_config(Config, presets(pixel), config.preset, data=config.data, pixel=pixel, **options)
         return ImageModel(image, "meta")
 
 

@@ -29,7 +29,6 @@ from torch import nn
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
 from common.data import open_data
-from common.image_model import build_autoencoder
 from common.measures import flicker, psnr
 from common.metrics import FrameReader, train_reader
 from common.pictures import animation, plot_metrics, sheet
@@ -144,7 +143,7 @@ def set_frames(autoencoder: Autoencoder, frames: int | None) -> None:
 def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
     """The image model's autoencoder with temporal layers in its decoder: equal to it at the start."""
     block = type("VideoResnetBlock", (VideoResnetBlock,), {"kernel": kernel})
-    autoencoder = build_autoencoder(image.config, block)
+    autoencoder = image.new_autoencoder(block)
     missing, _ = autoencoder.load_state_dict(image.autoencoder.state_dict(), strict=False)
     assert all(is_temporal(name) for name in missing), missing
     autoencoder.scale.copy_(image.autoencoder.scale)

@@ -152,13 +152,7 @@ def build(config: Config, image) -> nn.Module:
     if config.temporal == "attention":
         # How context reached the attention-only model is not in the paper. Here c_S enters at the U-Net's input, as
         # in the paper's text-to-video interpolation, through new columns that start at zero and are trained.
-        first = unet.input_blocks[0][0]
-        wider = nn.Conv2d(2 * image.shape[0] + 1, first.out_channels, 3, padding=1).to(first.weight)
-        with torch.no_grad():
-            wider.weight.zero_()
-            wider.weight[:, : image.shape[0]] = first.weight
-            wider.bias.copy_(first.bias)
-        unet.input_blocks[0][0] = wider
+        unet.widen(image.shape[0] + 1)
     unet.train_temporal_only()
     if config.temporal == "attention":
         unet.input_blocks[0][0].requires_grad_(True)

@@ -13,6 +13,7 @@ Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/06_interpolation/:
 middle_frames.png, two_passes.gif, metrics.png.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -195,18 +196,24 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
     return z
 
 
-def interpolate(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
-                *key: object, windows: int = 16, label: str = "") -> torch.Tensor:
-    """One pass over a video's latents: n c h w -> 4(n-1)+1 c h w. clips: one row of labels; windows: at a time."""
+def interpolate(fill: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], z: torch.Tensor,
+                windows: int = 16) -> torch.Tensor:
+    """One pass over a video's latents: n c h w -> 4(n-1)+1 c h w, `windows` pairs of frames at a time.
+
+    fill(first, last, number of the first pair) gives what stands between pairs of ends, as `between` does.
+    """
     pieces = []
     for start in range(0, len(z) - 1, windows):
         ends = z[start : start + windows + 1]
-        pairs = len(ends) - 1
-        part = between(
-            model, image, ends[:-1], ends[1:], stage, clips.repeat(pairs), config, run, *key, start, label=label
-        )
-        pieces.append(rearrange(part[:, :-1], "b t c h w -> (b t) c h w"))
+        pieces.append(rearrange(fill(ends[:-1], ends[1:], start)[:, :-1], "b t c h w -> (b t) c h w"))
     return torch.cat([*pieces, z[-1:]])
+
+
+def one_pass(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
+             *key: object, label: str = "") -> torch.Tensor:
+    """`interpolate` with this lesson's model. clips: one row of labels."""
+    return interpolate(lambda first, last, start: between(model, image, first, last, stage, clips.repeat(len(first)),
+                                                          config, run, *key, start, label=label), z)
 
 
 # %% Figures and numbers
@@ -252,7 +259,7 @@ def two_passes(run: Run, config: Config, source, image, model: nn.Module) -> Non
         z = image.encode(real.video)
     keys = z[::16]
     for stage in (0, 1):
-        keys = interpolate(model, image, keys, stage, real, config, run, "two", stage, label="two passes")
+        keys = one_pass(model, image, keys, stage, real, config, run, "two", stage, label="two passes")
     with run.autocast():
         pair = torch.cat([image.decode(z, len(z)), image.decode(keys, len(keys))])
     run.report("two passes, 3 key frames to 33, PSNR", psnr(pair[1], pair[0]), "dB")

@@ -140,7 +140,7 @@ def interpolated(run: Run, config: Config, model, settings, image, frames: Itera
     last = None
     for number, batch in enumerate(batched(frames, 8)):
         ends = torch.stack(batch if last is None else [last, *batch])
-        out = lesson06.interpolate(model, image, ends, stage, labels, settings, run, "pass", future, stage, number)
+        out = lesson06.one_pass(model, image, ends, stage, labels, settings, run, "pass", future, stage, number)
         yield from out if last is None else out[1:]
         last = ends[-1]
 

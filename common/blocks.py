@@ -59,12 +59,14 @@ def sinusoids(positions: torch.Tensor, channels: int, max_period: float = 10000.
 class Clip:
     """What temporal layers are told about the batch: t, tokens for their cross-attention, and c_S.
 
-    context: b n d or None; frames_known: c_S = (mask * z, mask) by feature height and width, each (b t) c h w, or None.
+    context: b n d or None; frames_known: c_S = (mask * z, mask) by feature height and width, each (b t) c h w, or None;
+    reach: frames attend to frames at most so far away, 0 is any distance (App. D, for clips longer than trained).
     """
 
     frames: int
     context: torch.Tensor | None = None
     frames_known: dict[tuple[int, int], torch.Tensor] | None = None
+    reach: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,12 +231,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               mask: torch.Tensor | None = None) -> torch.Tensor:
+        """mask: s n, true where a position may look; None: everywhere."""
         q, k, v = (rearrange(y, "b s (h d) -> b h s d", h=self.heads) for y in (q, k, v))
         if q.is_cuda or q.shape[-2] * k.shape[-2] > 2**16:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = F.scaled_dot_product_attention(q, k, v, mask)
         else:  # the same, written out: on CPUs and short sequences its backward pass is 3 to 4 times faster
-            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+            logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+            out = (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
         return rearrange(out, "b h s d -> b s (h d)")
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -244,11 +249,15 @@ class Attention(nn.Module):
 
 
 class FrameAttention(Attention):
-    """Attention over frames. x: (b t) s c; every position attends to itself in all frames of its clip, uncausally."""
+    """Attention over frames. x: (b t) s c; every position attends to itself in all frames of its clip, uncausally, or
+    with `reach` in those at most so many frames away (App. D)."""
 
-    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, frames: int, reach: int = 0) -> torch.Tensor:
         q, k, v = (rearrange(f(x), "(b t) s c -> (b s) t c", t=frames) for f in (self.to_q, self.to_k, self.to_v))
-        out = rearrange(self.attend(q, k, v), "(b s) t c -> (b t) s c", s=x.shape[1])
+        t, mask = torch.arange(frames, device=x.device), None
+        if reach:
+            mask = (t[:, None] - t).abs() <= reach
+        out = rearrange(self.attend(q, k, v, mask), "(b s) t c -> (b t) s c", s=x.shape[1])
         return self.to_out(out)
 
 
@@ -290,7 +299,7 @@ class FrameTransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, clip: Clip) -> torch.Tensor:
         x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x), clip.frames)
+        x = x + self.attn1(self.norm1(x), clip.frames, clip.reach)
         if hasattr(self, "attn2"):
             x = x + self.attn2(self.norm2(x), clip.context)
         return x + self.ff(self.norm3(x))

@@ -28,7 +28,7 @@ class Conditioner(nn.Module):
     boxes: one token a car, coordinates embedded and fused by a transformer (App. H.1); text: one token a word.
     """
 
-    WORDS, LENGTH = 2048, 16
+    WORDS, LENGTH = 2048, 20
 
     def __init__(self, kind: str, dim: int, layers: int) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class Conditioner(nn.Module):
         return torch.where(drop.to(device)[:, None, None], self.unknown.to(tokens.dtype), tokens)
 
     @classmethod
-    def words(cls, caption: str) -> torch.Tensor:
-        """Word numbers by a hash, so that no vocabulary has to be kept; 0 fills up."""
-        words = [1 + zlib.crc32(word.encode()) % cls.WORDS for word in caption.lower().split()][: cls.LENGTH]
-        return torch.tensor(words + [0] * (cls.LENGTH - len(words)))
+    def words(cls, caption: str, length: int = LENGTH) -> torch.Tensor:
+        """Word numbers by a hash, so that no vocabulary has to be kept; 0 fills up, and what is too long is cut."""
+        words = [1 + zlib.crc32(word.encode()) % cls.WORDS for word in caption.lower().split()][:length]
+        return torch.tensor(words + [0] * (length - len(words)))
 
 
 def conditions(count: int, night: int = -1, cars: int = -1, caption: str = "", boxes: list | None = None) -> Clips:
@@ -115,6 +115,10 @@ class ImageModel:
         if self.weights:
             unet.load_state_dict(self.weights, strict=temporal is None)
         return channels_last(unet).to(self.device)
+
+    def new_autoencoder(self, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
+        """An untrained autoencoder of this model's shape, its decoder made of `block`s."""
+        return build_autoencoder(self.config, block)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """Frames `b t 3 H W` to latents `(b t) c h w`; pixels stay pixels for the pixel baseline."""

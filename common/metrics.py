@@ -8,6 +8,7 @@ Videos are `b t 3 h w` in [-1, 1].
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common.blocks import group_norm
 from common.data import Clips, DrivingScenes
 from common.image_model import Conditioner
 from common.measures import box_mask
-from common.scenes import MAX_CARS
+from common.scenes import COLOURS, MAX_CARS
 from common.training import Run, UserError, adamw, channels_last, clip_and_warm_up, training_loop
 
 READER_SIZE = (64, 128)  # frames are brought to this size before they are read, as to 224 x 224 for I3D
@@ -110,8 +111,57 @@ class ClipReader(nn.Module):
         )
 
 
+ROADS = ("left curve", "straight road", "right curve")
+NOTHING = len(COLOURS)  # the number of "no car ahead" among the colours
+
+
+def said(captions: Sequence[str]) -> torch.Tensor:
+    """What captions ask for, b 3: night (1, 0), road (number in ROADS), colour of the nearest car ahead (number in
+    COLOURS, or NOTHING); -1 where a caption does not say."""
+    rows, colours = [], list(COLOURS)
+    for caption in captions:
+        road = next((i for i, name in enumerate(ROADS) if name in caption), -1)
+        night = 1 if "night" in caption else 0 if "day" in caption else -1
+        car = re.search(r"\b(\w+) car\b.* ahead", caption)
+        colour = colours.index(car[1]) if car and car[1] in COLOURS else NOTHING if road >= 0 and not car else -1
+        rows.append([night, road, colour])
+    return torch.tensor(rows)
+
+
+class SceneReader(nn.Module):
+    """Reads off a frame what captions tell: night, the road, the colour of the nearest car ahead. b 3 h w."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.what = FrameReader(), nn.Linear(128 + 64, 2 + len(ROADS) + NOTHING + 1)
+
+    def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of each of the three, b n."""
+        features = self.frames(frames)
+        pooled = torch.cat([features[3].mean(dim=(2, 3)), features[1].amax(dim=(2, 3))], dim=1)
+        return self.what(pooled).float().split((2, len(ROADS), NOTHING + 1), dim=1)
+
+    def loss(self, clips: Clips) -> torch.Tensor:
+        wanted, logits = said(clips.captions).to(self.what.weight.device), self(clips.video[:, 0].to(self.what.weight))
+        return sum(F.cross_entropy(row, wanted[:, i], ignore_index=-1) for i, row in enumerate(logits))
+
+
+@torch.no_grad()
+def captions_obeyed(run: Run, reader: SceneReader, frames: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Share of frames (b 3 h w) in which is read what their captions say: night, road, colour of the car ahead."""
+    wanted, small = said(captions), to_reader_size(frames[:, None])[:, 0]
+    with run.autocast():
+        read_off = torch.stack([row.argmax(1).cpu() for row in reader(small.to(run.device))], dim=1)
+    names = ("night", "road", "colour of the car ahead")
+    told = wanted >= 0
+    return {name: float(((read_off == wanted) & told)[:, i].sum() / told[:, i].sum().clamp(min=1))
+            for i, name in enumerate(names)}
+
+
 class CaptionReader(nn.Module):
     """Frames and captions in one space of unit vectors, trained by contrast as CLIP is."""
+
+    LENGTH = 16  # words of a caption it reads: the weights in checkpoints/readers were trained so
 
     def __init__(self, dim: int = 64) -> None:
         super().__init__()
@@ -126,7 +176,7 @@ class CaptionReader(nn.Module):
         return F.normalize(self.image(pooled).float(), dim=1)
 
     def captions(self, captions: Sequence[str]) -> torch.Tensor:
-        words = torch.stack([Conditioner.words(caption) for caption in captions]).to(self.scale.device)
+        words = torch.stack([Conditioner.words(caption, self.LENGTH) for caption in captions]).to(self.scale.device)
         return F.normalize(self.text(self.words(words)).float(), dim=1)
 
     def loss(self, clips: Clips) -> torch.Tensor:

@@ -15,15 +15,34 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.autoencoder import Autoencoder
+from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import TemporalOptions
-from common.training import UserError, is_temporal, load_checkpoint, save_checkpoint
+from common.data import Clips
+from common.diffusion import Diffusion
+from common.image_model import ImageModel
+from common.training import UserError, channels_last, is_temporal, load_checkpoint, save_checkpoint
 from common.unet import UNet
 
 Weights = dict[str, torch.Tensor]
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.", "text": "cond_stage_model."}
 FOLDERS = {"unet": "unet", "autoencoder": "vae"}  # of a diffusers pipeline
 FIRST = {"unet": "input_blocks.0.0.weight", "autoencoder": "encoder.conv_in.weight"}  # a name that each part has
+
+
+# Arguments of UNet and Autoencoder that make the released models: what --dry-run counts where there is no file.
+SHAPES: dict[str, dict] = {
+    "sd1": dict(in_channels=4, out_channels=4, channels=320, multipliers=(1, 2, 4, 4), depth=2, attention=(1, 2, 4),
+                heads=8, context_dim=768, linear=False),
+    "sd2": dict(in_channels=4, out_channels=4, channels=320, multipliers=(1, 2, 4, 4), depth=2, attention=(1, 2, 4),
+                head_channels=64, context_dim=1024),
+    "x4": dict(in_channels=7, out_channels=4, channels=256, multipliers=(1, 2, 2, 4), depth=2, attention=(2, 4, 8),
+               text_only=(2, 4), heads=8, context_dim=1024, label_classes=1000),
+}
+AUTOENCODERS: dict[str, dict] = {
+    "sd1": dict(channels=128, multipliers=(1, 2, 4, 4), depth=2, z_channels=4, regularizer="kl"),
+    "x4": dict(channels=128, multipliers=(1, 2, 4), depth=2, z_channels=4, regularizer="kl"),
+}
+AUTOENCODERS["sd2"] = AUTOENCODERS["sd1"]
 
 
 # %% Files
@@ -326,14 +345,15 @@ def inspect(path: str | Path, heads: int = 0) -> str:
 # %% Text
 
 
-class TextEncoder:
-    """CLIP's text model from a local folder, frozen: captions -> b 77 d (Stable Diffusion 1.x: 768, 2.x: 1024 wide).
+class TextEncoder(nn.Module):
+    """CLIP's text model from a local folder: captions -> b 77 d (Stable Diffusion 1.x: 768, 2.x: 1024 wide).
 
     2.x was trained on the last layer but one; a folder that still has all 24 layers of that model is read so. What was
-    encoded once is kept in `cache`, a folder, from which it is read again without the model.
+    encoded once is kept in `cache`, a folder, from which it is read again without the model. Frozen until `tune`.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", cache: Path | None = None) -> None:
+        super().__init__()
         self.folder, self.device, self.cache, self.model = Path(folder), device, cache, None
         config = self.folder / "text_encoder" / "config.json"
         config = config if config.exists() else self.folder / "config.json"
@@ -362,24 +382,107 @@ class TextEncoder:
             raise UserError(f"--text-encoder {self.folder}: not CLIP's text model and tokenizer ({first})") from None
         self.model.requires_grad_(False).eval().to(self.device)
 
-    @torch.no_grad()
+    def tune(self) -> None:
+        """Makes the encoder trainable (DreamBooth); from now on nothing is read from the cache or kept in it."""
+        self.cache = None
+        if self.model is None:
+            self.load()
+        self.model.requires_grad_(True)
+
     def encode(self, captions: list[str]) -> torch.Tensor:
         if self.model is None:
             self.load()
         tokens = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         out = self.model(tokens.input_ids.to(self.device), output_hidden_states=self.penultimate)
         if not self.penultimate:
-            return out.last_hidden_state.float().cpu()
+            return out.last_hidden_state.float()
         inner = getattr(self.model, "text_model", self.model)  # transformers 5 has no text_model in between
-        return inner.final_layer_norm(out.hidden_states[-2]).float().cpu()
+        return inner.final_layer_norm(out.hidden_states[-2]).float()
 
-    def __call__(self, captions: list[str]) -> torch.Tensor:
+    def forward(self, captions: list[str]) -> torch.Tensor:
         if self.cache is None:
             return self.encode(captions)
         self.cache.mkdir(parents=True, exist_ok=True)
         files = {caption: self.cache / (hashlib.sha256((self.key + caption).encode()).hexdigest()[:24] + ".pt")
                  for caption in captions}
         if new := [caption for caption, file in files.items() if not file.exists()]:
-            for caption, row in zip(new, self.encode(new), strict=True):
+            with torch.no_grad():
+                rows = self.encode(new).cpu()
+            for caption, row in zip(new, rows, strict=True):
                 save_checkpoint(files[caption], {"config": {}, "row": row.clone()})
-        return torch.stack([load_checkpoint(files[caption], "the same command again")["row"] for caption in captions])
+        rows = [load_checkpoint(files[caption], "the same command again")["row"] for caption in captions]
+        return torch.stack(rows).to(self.device)
+
+
+class CaptionTokens(nn.Module):
+    """The captions of clips as tokens, b 77 d. A dropped caption is the empty one, as Stable Diffusion has it."""
+
+    kind = "text"
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, clips: Clips, drop: torch.Tensor | None = None) -> torch.Tensor:
+        kept = [caption if drop is None or not drop[i] else "" for i, caption in enumerate(clips.captions)]
+        return self.encoder(kept)
+
+
+# %% The whole of it, as the lessons see an image model
+
+
+@dataclass
+class Frozen:
+    """What later lessons ask of an image model's configuration."""
+
+    height: int
+    width: int
+    parameterization: str
+    p_drop: float = 0.1  # of captions in training; not in the paper, and what Stable Diffusion was trained with
+    pixel: bool = False
+    condition: str = "text"
+
+
+class StableDiffusion(ImageModel):
+    """Stable Diffusion 1.x or 2.x, with all that lessons ask of an ImageModel. Frozen.
+
+    path: a CompVis file or a diffusers folder; "sd1" or "sd2" for a network of that shape without weights (--dry-run).
+    text: its encoder; None where no captions will be read. Raises UserError for what does not fit.
+    """
+
+    def __init__(self, path: str, text: TextEncoder | None, height: int, width: int, parameterization: str = "eps",
+                 device: torch.device | str = "cpu", ema: bool = False) -> None:
+        self.path, self.device = path, device
+        self.config = Frozen(height, width, parameterization)
+        self.weights, self.architecture, self.coder = {}, SHAPES.get(path), AUTOENCODERS.get(path)
+        if self.architecture is None:
+            self.weights = read_part(path, "unet", ema)
+            self.architecture = architecture(self.weights, path)
+            self.autoencoder = load_autoencoder(path)
+            self.coder = autoencoder_architecture(self.autoencoder.state_dict(), path)
+        else:
+            self.autoencoder = Autoencoder(**self.coder)
+        self.autoencoder = channels_last(self.autoencoder).to(device).requires_grad_(False).eval()
+        if text is not None and text.width != self.architecture["context_dim"]:
+            raise UserError(f"--text-encoder {text.folder} is {text.width} wide, {path} wants "
+                            f"{self.architecture['context_dim']}: 1.x has CLIP ViT-L/14, 2.x OpenCLIP ViT-H")
+        self.conditioner = None if text is None else CaptionTokens(text)
+        self.diffusion = Diffusion("sqrt_linear", 0.00085, 0.012, parameterization, device)
+        factor = 8 * 2 ** (len(self.architecture["multipliers"]) - 1)
+        if height % factor or width % factor:
+            raise UserError(f"--size {height} {width}: must be multiples of {factor} for {path}")
+        self.shape = (4, height // 8, width // 8)
+
+    def unet(self, temporal: TemporalOptions | None = None) -> UNet:
+        unet = UNet(**self.architecture | {"temporal": temporal})
+        if self.weights:
+            load_weights(unet, self.weights, self.path)
+        return channels_last(unet).to(self.device)
+
+    def new_autoencoder(self, block: type[nn.Module] = ResnetBlock) -> Autoencoder:
+        return Autoencoder(**self.coder, block=block)
+
+    @property
+    def lineage(self) -> dict:
+        return {"backbone": Path(self.path).name, "height": self.config.height, "width": self.config.width}
+

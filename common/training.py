@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -384,6 +385,32 @@ def dry_run(config: BaseConfig, models: dict[str, nn.Module], shapes: dict[str, 
         print(f"{name} trained: {trained}\n{name} frozen: {spatial + temporal - trained}")
     for name, shape in shapes.items():
         print(f"{name}: {tuple(shape) if isinstance(shape, torch.Size) else shape}")
+
+
+def training_cost(name: str, module: nn.Module, step: Callable[[], torch.Tensor], batch: int) -> None:
+    """More rows for --dry-run: FLOPs and memory of a training step, counted on the meta device.
+
+    step: a forward pass of one clip. Weights, gradients, AdamW's moments and the moving average count in float32, what
+    the backward pass keeps in bfloat16 (a frozen network could keep its weights so as well, which would save more).
+    """
+    own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = step()
+        activations = sum(storage.nbytes() for storage in kept.values()) // 2
+        output.sum().backward()
+    weights = 4 * count(module)
+    trained = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    print(f"{name} FLOPs per training step: {counter.get_total_flops() * batch:.4g}")
+    print(f"{name} memory, weights: {weights / 2**30:.2f} GiB")
+    print(f"{name} memory, gradients, AdamW and moving average: {4 * trained / 2**30:.2f} GiB")
+    print(f"{name} memory, activations of one clip: {activations / 2**30:.2f} GiB")
 
 
 # %% EMA and the loop

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.blocks import (
     Clip,
@@ -74,6 +75,7 @@ class UNet(nn.Module):
                  text_only: Sequence[int] = ()) -> None:
         super().__init__()
         self.channels, self.temporal, emb = channels, temporal, 4 * channels
+        self.checkpointing = False  # true: recompute each block in the backward pass, for less memory
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if label_classes > 0:
             self.label_emb: nn.Module = nn.Embedding(label_classes, emb)
@@ -123,12 +125,13 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None = None, *,
                 label: torch.Tensor | None = None, frames: int | None = None, time_context: torch.Tensor | None = None,
-                known: torch.Tensor | None = None) -> torch.Tensor:
+                known: torch.Tensor | None = None, reach: int = 0) -> torch.Tensor:
         """(b t) c h w -> (b t) c' h w. Height and width must be divisible by `factor`.
 
         tau, label: one value a clip (b) or a frame (b t); context: tokens for the spatial layers, b n d or (b t) n d;
         time_context: tokens for the temporal layers, b n d; known: c_S = (mask * z, mask), (b t) c h w;
-        frames: t. Without it the batch is images and the temporal layers are skipped, which is alpha = 1 exactly.
+        frames: t. Without it the batch is images and the temporal layers are skipped, which is alpha = 1 exactly;
+        reach: how far temporal attention looks, in frames, 0 without end.
         """
         emb = self.time_embed(sinusoids(tau, self.channels))
         if label is not None:
@@ -136,15 +139,30 @@ class UNet(nn.Module):
         emb = repeat(emb, "b c -> (b t) c", t=len(x) // len(emb))
         clip = None
         if self.temporal and frames is not None:
-            clip = Clip(frames, time_context, None if known is None else self.pyramid(known))
+            clip = Clip(frames, time_context, None if known is None else self.pyramid(known), reach)
         skips = []
         for block in self.input_blocks:
-            x = block(x, emb, context, clip)
+            x = self.apply_block(block, x, emb, context, clip)
             skips.append(x)
-        x = self.middle_block(x, emb, context, clip)
+        x = self.apply_block(self.middle_block, x, emb, context, clip)
         for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb, context, clip)
+            x = self.apply_block(block, torch.cat([x, skips.pop()], dim=1), emb, context, clip)
         return self.out(x)
+
+    def apply_block(self, block: Block, *inputs) -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def widen(self, channels: int) -> None:
+        """Gives the first convolution `channels` more inputs. They begin at zero: the output stays what it was."""
+        old = self.input_blocks[0][0]
+        new = nn.Conv2d(old.in_channels + channels, old.out_channels, 3, padding=1).to(old.weight)
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[:, : old.in_channels] = old.weight
+            new.bias.copy_(old.bias)
+        self.input_blocks[0][0] = new
 
     def pyramid(self, known: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
         """c_S resized to every level by averaging (the mask is constant over a frame and stays 0 or 1)."""

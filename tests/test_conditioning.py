@@ -115,7 +115,11 @@ def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: in
     image, run = smoke_image(), FakeRun()
     config = preset_config(lesson06.Config, lesson06.PRESETS, "smoke")
     z = torch.randn(keys, *image.shape, generator=torch.Generator().manual_seed(0))
-    out = lesson06.interpolate(Guess(), image, z, 0, conditions(1), config, run, windows=3)
+
+    def fill(first: torch.Tensor, last: torch.Tensor, start: int) -> torch.Tensor:
+        return lesson06.between(Guess(), image, first, last, 0, conditions(len(first)), config, run, start)
+
+    out = lesson06.interpolate(fill, z, windows=3)
     assert len(out) == frames and torch.equal(out[::4], z)
 
 

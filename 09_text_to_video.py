@@ -1,0 +1,538 @@
+"""Lesson 9: text to video on Stable Diffusion's plan (Sec. 4.2, App. D and H.2).
+
+Changes from lesson 3: the backbone is a text-to-image model that predicts eps, and the temporal layers read the text
+too, in their own cross-attention. Alpha is one number a layer, so more frames can be asked for than were trained, and
+larger ones (App. D). Changes from lesson 6: the interpolation model for text-to-video has no c_S path; masked latents
+and mask are concatenated to the U-Net's input (4 + 4 + 1 channels), all of its weights are trained, the known frames
+are noised a little in training (to a random level up to 250) and not when sampling, and the target rate stands with
+that level in the temporal cross-attention, two tokens. It begins as the trained key-frame model.
+
+  python 02_image_ldm.py --condition text --parameterization eps     first: the toy backbone, 8 minutes
+  python 09_text_to_video.py                                         trains both models, 10 minutes on 2 cores
+  python 09_text_to_video.py --prompt "a red car ahead on a left curve at night in the town"
+  python 09_text_to_video.py --prompt "..." --key-frames 16 --reach 8 --wider 2     App. D: longer and wider
+  python 09_text_to_video.py --inspect v1-5.safetensors              what is in a checkpoint, name by name
+  python 09_text_to_video.py --backbone v1-5.safetensors --text-encoder FOLDER --data FOLDER --preset paper
+
+Expect at the cpu preset: clips that show what the caption says (night, road, colour of the car ahead, each read off by
+a network far more often right than on clips of other captions), and middle frames as sharp as real ones.
+
+Reads OUT/02_image_ldm-text, or the file given with --backbone; to sample also OUT/04 (decoder) and OUT/11 (upsampler)
+where they are there. Writes OUT/09_text_to_video/: checkpoint.pt (temporal weights), interpolation.pt (all weights of
+the interpolation model), captions.png, captions.gif, app_d.png, middle_frames.png; with --prompt a folder of its own
+with long.mp4 (113 frames), long.webp, contact_sheet.png and, of the upsampler, long-large.mp4.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from common.blocks import TemporalOptions, sinusoids
+from common.data import Clips, open_data
+from common.diffusion import guide
+from common.image_model import conditions
+from common.measures import colour_change, motion
+from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
+from common.pictures import animation, plot_metrics, sheet
+from common.pretrained import SHAPES, StableDiffusion, TextEncoder, inspect
+from common.training import (
+    EMA,
+    BaseConfig,
+    Run,
+    UserError,
+    adamw,
+    check_lineage,
+    cli,
+    clip_and_warm_up,
+    command,
+    config_of,
+    dry_run,
+    known_good,
+    load_checkpoint,
+    load_part,
+    parse,
+    training_cost,
+    training_loop,
+)
+
+lesson02 = import_module("02_image_ldm")
+lesson03 = import_module("03_temporal_layers")
+lesson04 = import_module("04_decoder_finetune")
+lesson05 = import_module("05_prediction")
+lesson06 = import_module("06_interpolation")
+lesson08 = import_module("08_sample_long")
+NAME = "09_text_to_video"
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    prompt: str = ""  # text to show; nothing is trained then
+    negative: str = ""  # what to steer away from, in the place of no text at all
+    key_frames: int = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
+    reach: int = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
+    wider: int = 1  # latents so many times as high and as wide as trained (App. D)
+    upsampled_seconds: float = 1.0  # so much of the video is upsampled, where lesson 11 is trained
+    inspect: str = ""  # a checkpoint: print its parts and what becomes of every name, and stop
+    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
+    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    ema: bool = False  # take the averaged weights of a CompVis file
+    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
+    parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
+    spatial_steps: int = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
+    spatial_batch: int = 16  # frames per step of that
+    checkpointing: bool = False  # recompute activations in the backward pass, for less memory
+    frames: int = 8  # T, frames of a training clip
+    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    steps: int = 900  # training steps of the temporal layers
+    batch: int = 2  # clips per step
+    interpolation_steps: int = 600  # training steps of the interpolation model
+    interpolation_batch: int = 2  # clips per step, half of each rate
+    max_level: int = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
+    lr: float = 1e-3  # learning rate of all
+    warmup: int = 50  # steps of linear warm-up
+    ema_decay: float = 0.995  # decay of the weight average
+    ddim_steps: int = 16  # sampling steps of key frames
+    guidance: float = 3.0  # scale of guidance on the text
+    interpolation_ddim_steps: int = 12  # sampling steps of the interpolation
+    interpolation_guidance: float = 1.0  # its scale of guidance on the text
+    eta: float = 1.0  # 0 deterministic, 1 ancestral
+    reader_steps: int = 700  # training steps of the network that reads what is in the samples
+    samples: int = 48  # held-out captions in the numbers
+
+
+PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(frames=4, key_frames=3, steps=3, batch=1, interpolation_steps=3, interpolation_batch=2,
+                  spatial_batch=2, ddim_steps=2, interpolation_ddim_steps=2, reader_steps=2, samples=2),
+    "cpu": {},
+    "gpu": PAPER | dict(steps=40_000, batch=16, interpolation_steps=30_000, interpolation_batch=32, warmup=1000,
+                        ddim_steps=50, interpolation_ddim_steps=50, reader_steps=5000, save_every=2000),
+    # Table 6, Stable Diffusion 2.1: 3 clips on each of 256 GPUs, and 8 on each of 128 for the interpolation (eps, as
+    # the table says). Key frames at fps / 16 = 1.875, as in the stack (the table says 2). Text is dropped at 0.1 (not
+    # in the paper), and the steps of the spatial tuning are not given either.
+    "paper": PAPER | dict(backbone="sd2", checkpointing=True, steps=402_000, batch=768, interpolation_steps=95_000,
+                          interpolation_batch=1024, ddim_steps=250, guidance=8.0, interpolation_ddim_steps=100,
+                          interpolation_guidance=13.0, save_every=1000),
+}
+
+
+# %% The backbone: lesson 2's text-to-image model, or Stable Diffusion from a file
+
+
+def open_backbone(run: Run, config: Config) -> nn.Module | StableDiffusion:
+    """The frozen text-to-image model; with tuned spatial weights where `train_spatial` left some."""
+    if not config.backbone:
+        return lesson02.load(run, "text")
+    if config.backbone in SHAPES:
+        raise UserError(f"--backbone {config.backbone} is a shape to count (--dry-run); give a file or folder to train")
+    if not config.text_encoder:
+        raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
+    if len(config.size) != 2:
+        raise UserError("--size wants two numbers, height and width")
+    text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions")
+    return StableDiffusion(config.backbone, text, *config.size, config.parameterization, run.device, config.ema)
+
+
+def train_spatial(run: Run, config: Config, source, image) -> None:
+    """The WebVid step: the spatial layers alone on single frames of the videos, Eq. (1); the result is `image`'s."""
+    unet = image.unet()
+    unet.checkpointing = config.checkpointing
+    optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
+    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.spatial_steps, parts, {"lineage": image.lineage}, "spatial.pt",
+                              "spatial.csv"):
+        clips = source.clips((config.seed, 9, step), config.spatial_batch, 1, config.final_fps)
+        with run.autocast():
+            z = image.encode(clips.video)  # b c h w
+        draw = run.generator("spatial", step)
+        tau = diffusion.random_tau(len(z), draw)
+        drop = torch.rand(len(z), generator=draw) < image.config.p_drop
+        eps = torch.randn(z.shape, generator=draw).to(run.device)
+        with run.autocast():
+            output = unet(diffusion.diffuse(z, eps, tau), tau, image.conditioner(clips, drop)).float()
+        loss = F.mse_loss(output, diffusion.target(z, eps, tau))  # Eq. (1)
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    image.weights = dict(image.weights) | ema.shadow
+
+
+# %% Key frames: text in the temporal layers as well
+
+
+def key_frame_model(config: Config, image) -> nn.Module:
+    """The backbone with temporal layers that read the same tokens as its spatial ones (Table 6), alpha a scalar."""
+    unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
+    unet.train_temporal_only()
+    unet.checkpointing = config.checkpointing
+    return unet
+
+
+def token_width(image) -> int:
+    return image.architecture["context_dim"] if isinstance(image, StableDiffusion) else image.config.context_dim
+
+
+def train_key_frames(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+    torch.manual_seed(config.seed)
+    unet = key_frame_model(config, image)
+    optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
+    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        clips = source.clips((config.seed, 10, step), config.batch, config.frames, config.final_fps / 16)
+        with run.autocast():
+            z = image.encode(clips.video)  # (b t) c h w
+        draw = run.generator("diffusion", step)
+        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
+        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
+        eps = torch.randn(z.shape, generator=draw).to(run.device)
+        tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+        with run.autocast():
+            text = image.conditioner(clips, drop)  # b n d
+            output = unet(z_tau, tau, text, frames=config.frames, time_context=text).float()
+        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    return unet, ema
+
+
+Tokens = tuple[torch.Tensor, torch.Tensor]  # of the text, and of what stands for no text: b n d each
+
+
+def tokens(conditioner: nn.Module, clips: Clips, negative: str = "") -> Tokens:
+    if negative:
+        return conditioner(clips), conditioner(conditions(len(clips), caption=negative))
+    return conditioner(clips), conditioner(clips, torch.ones(len(clips), dtype=torch.bool))
+
+
+@torch.no_grad()
+def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, frames: int, config: Config, run: Run,
+                      *key: object, wider: int = 1, reach: int = 0, label: str = "") -> torch.Tensor:
+    """Clips of `frames` key frames, a row of tokens each: latents b t c h w.
+
+    text goes to the spatial layers, time_text to the temporal ones: the same here, two encoders' in lesson 10.
+    wider, reach: larger latents than trained, and how far temporal attention looks in longer clips (App. D).
+    """
+    b, (c, h, w) = len(text[0]), image.shape
+
+    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        def told(i: int) -> torch.Tensor:
+            return unet(z_tau, tau[::frames], text[i], frames=frames, time_context=time_text[i], reach=reach)
+
+        with run.autocast():
+            return told(0) if config.guidance == 1 else guide(told(1), told(0), config.guidance)
+
+    noise = run.noise((b * frames, c, wider * h, wider * w), "sample", *key)
+    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key), label=label)
+    return rearrange(z, "(b t) c h w -> b t c h w", b=b)
+
+
+# %% Interpolation: masked latents at the input, all weights trained
+
+
+class Interpolator(nn.Module):
+    """The U-Net with 4 + 4 + 1 input channels, and the two tokens of its temporal cross-attention: rate and level."""
+
+    def __init__(self, config: Config, image) -> None:
+        super().__init__()
+        self.unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
+        self.unet.widen(image.shape[0] + 1)
+        self.unet.checkpointing = config.checkpointing
+        d = token_width(image)
+        self.told = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)).to(image.device)
+
+    def forward(self, z_tau: torch.Tensor, tau: torch.Tensor, text: torch.Tensor, known: torch.Tensor,
+                fps: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """z_tau: (b t) c h w, known: (mask * z, mask) (b t) c+1 h w, fps and level (of the noise on z): b."""
+        numbers = torch.stack([fps, level.to(fps)], dim=1).flatten().to(z_tau.device)
+        pair = self.told(sinusoids(numbers, self.told[0].in_features))
+        pair = rearrange(pair, "(b n) d -> b n d", n=2)
+        return self.unet(torch.cat([z_tau, known], dim=1), tau, text, frames=lesson06.FRAMES, time_context=pair)
+
+
+def augmented(image, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """(mask * z, mask) with z noised to `level` (b), the conditioning augmentation of App. H.2."""
+    eps = torch.randn(z.shape, generator=draw).to(z.device)
+    return lesson05.masked_context(image.diffusion.diffuse(z, eps, level.repeat_interleave(mask.shape[1])), mask)
+
+
+def train_interpolation(run: Run, config: Config, source, image, key_frames: dict) -> tuple[nn.Module, EMA]:
+    """key_frames: the trained temporal weights, where this begins (as the paper's model on SD 2.1 does)."""
+    torch.manual_seed(config.seed + 1)
+    model = Interpolator(config, image)
+    model.unet.load_state_dict(key_frames, strict=False)
+    optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
+    batch, mask = config.interpolation_batch, lesson06.interpolation_mask(config.interpolation_batch)
+    parts = {"model": model, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.interpolation_steps, parts, {"lineage": image.lineage}, "interpolation.pt",
+                              "interpolation.csv"):
+        clips, stage = lesson06.both_rates(source, (config.seed, 11, step), batch, config.final_fps)
+        with run.autocast():
+            z = image.encode(clips.video)  # (b t) c h w
+        draw = run.generator("interpolation", step)
+        level = torch.randint(0, config.max_level + 1, (batch,), generator=draw).to(run.device)
+        known = augmented(image, z, mask, level, draw)
+        tau = diffusion.random_tau(batch, draw)
+        drop = torch.rand(batch, generator=draw) < image.config.p_drop
+        eps = torch.randn(z.shape, generator=draw).to(run.device)
+        tau_of_frames = tau.repeat_interleave(lesson06.FRAMES)  # (b t)
+        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+        with run.autocast():
+            output = model(z_tau, tau, image.conditioner(clips, drop), known, rate(stage, config), level).float()
+        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3)
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, loss=loss)
+    return model, ema
+
+
+def rate(stage: torch.Tensor, config: Config) -> torch.Tensor:
+    """The target rate in frames a second: a quarter of the final one in stage 0, the final one in stage 1."""
+    return config.final_fps / 4 ** (1 - stage.float())
+
+
+@torch.no_grad()
+def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, stage: int, text: Tokens, config: Config,
+            run: Run, *key: object) -> torch.Tensor:
+    """Three latents between each pair of ends, b c h w each -> b 5 c h w; the ends are kept. text: one row, or b."""
+    b, t = len(first), lesson06.FRAMES
+    z = first.new_zeros(b, t, *first.shape[1:])
+    z[:, 0], z[:, -1] = first, last
+    known = lesson05.masked_context(z.flatten(0, 1), lesson06.interpolation_mask(b))
+    fps, level = rate(torch.full((b,), stage), config), torch.zeros(b)
+    told, untold = (tokens.expand(b, -1, -1) for tokens in text)
+
+    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        with run.autocast():
+            output = model(z_tau, tau[::t], told, known, fps, level)
+            if config.interpolation_guidance == 1:
+                return output
+            return guide(model(z_tau, tau[::t], untold, known, fps, level), output, config.interpolation_guidance)
+
+    noise = run.noise((b * t, *first.shape[1:]), "between", *key)
+    sampled = image.diffusion.ddim(predict, noise, config.interpolation_ddim_steps, config.eta,
+                                   run.generator("ddim", *key))
+    z[:, 1:-1] = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)[:, 1:-1]
+    return z
+
+
+# %% Loading, for sampling and for lesson 10
+
+
+def load_key_frames(run: Run, image) -> tuple[nn.Module, Config]:
+    """The key-frame model (averaged temporal weights on the backbone), and its configuration."""
+    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    config = config_of(Config, content)
+    if config.spatial_steps:
+        image.weights = dict(image.weights) | load_checkpoint(path.with_name("spatial.pt"), remedy)["ema"]["shadow"]
+    unet = key_frame_model(config, image)
+    load_part(unet, content["ema"]["shadow"], path)
+    return unet.requires_grad_(False).eval(), config
+
+
+def load_interpolation(run: Run, image) -> nn.Module:
+    path, remedy = run.config.folder() / NAME / "interpolation.pt", command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    model = Interpolator(config_of(Config, content), image)
+    load_part(model, content["ema"]["shadow"], path)
+    return model.requires_grad_(False).eval()
+
+
+# %% Figures and numbers
+
+
+def decoded(run: Run, image, z: torch.Tensor) -> torch.Tensor:
+    """Latents b t c h w to frames b t 3 H W."""
+    with run.autocast():
+        return image.decode(z.flatten(0, 1), z.shape[1])
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, source, image, unet: nn.Module, model: nn.Module) -> None:
+    fps = config.final_fps / 16
+    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, config.frames, fps, "held-out")
+    text = tokens(image.conditioner, real)
+    video = decoded(run, image, sample_key_frames(unet, image, text, text, config.frames, config, run, label="samples"))
+    if source.labelled:
+        report_captions(run, config, video, real)
+    report_alignment(run, "", video, real.video)
+    shown = min(8, config.samples)
+    sheet([*video[: min(4, shown)], real.video[0]], run.folder / "captions.png")
+    animation(video[:shown], run.folder / "captions.gif", fps)
+    (run.folder / "captions.txt").write_text("\n".join(real.captions[:shown]) + "\n")
+    beyond_training(run, config, image, unet, real)
+    strips = []
+    for stage, name in enumerate(("T to 4T", "4T to 16T")):
+        clips = source.clips((config.seed, lesson02.HELD_OUT, stage), 12 if config.samples > 12 else 1, lesson06.FRAMES,
+                             float(rate(torch.tensor(stage), config)), "held-out")
+        with run.autocast():
+            z = rearrange(image.encode(clips.video), "(b t) c h w -> b t c h w", b=len(clips))
+        ours = between(model, image, z[:, 0], z[:, -1], stage, tokens(image.conditioner, clips), config, run, stage)
+        truth, ours = decoded(run, image, z), decoded(run, image, ours)
+        weight = torch.linspace(0, 1, lesson06.FRAMES).view(1, -1, 1, 1, 1)
+        blend = (1 - weight) * truth[:, :1] + weight * truth[:, -1:]
+        lesson06.report_pass(run, name, truth, ours, blend)
+        strips += [truth[0], ours[0], blend[0]]
+    sheet(strips, run.folder / "middle_frames.png")
+    plot_metrics(run.folder / "metrics.csv", ["loss"], "key frames")
+    plot_metrics(run.folder / "interpolation.csv", ["loss"], "interpolation")
+    print(f"pictures: {run.folder}/captions.png, captions.gif (their text: captions.txt), app_d.png, middle_frames.png")
+
+
+def report_captions(run: Run, config: Config, video: torch.Tensor, real: Clips) -> None:
+    """What is read off the middle frame of every clip, against its caption and against another's (chance)."""
+    with torch.enable_grad():
+        torch.manual_seed(0)
+        reader = train_reader(run, SceneReader(), config.reader_steps, *READER_SIZE, "reader.pt")
+    middle, others = video.shape[1] // 2, real.captions[1:] + real.captions[:1]
+    for name, frames, captions in (("real frames", real.video, real.captions), ("samples", video, real.captions),
+                                   ("samples, chance", video, others)):
+        for what, share in captions_obeyed(run, reader, frames[:, middle], captions).items():
+            run.report(f"{what}, read right, {name}", share)
+
+
+def report_alignment(run: Run, name: str, video: torch.Tensor, real: torch.Tensor) -> None:
+    """Do frames of a clip belong together? Colour that changes, and motion that cannot be matched, over real clips'."""
+    ratios = {"colour change over real": colour_change(video).mean() / colour_change(real).mean(),
+              "motion, mismatch over real": motion(video)[1].mean() / motion(real)[1].mean()}
+    for what, ratio in ratios.items():
+        run.report(what + name, float(ratio))
+
+
+def beyond_training(run: Run, config: Config, image, unet: nn.Module, real: Clips) -> None:
+    """App. D, and what it costs: clips of 2 and 4 times the frames, attention masked or not, and 2 and 4 times as
+    large; the numbers stand beside those of the trained length and size."""
+    few, reach, strips = real.pick(range(min(4, config.samples))), config.reach or 8, []
+    text = tokens(image.conditioner, few)
+    for times, masked in ((2, 0), (2, reach), (4, 0), (4, reach)):
+        z = sample_key_frames(unet, image, text, text, times * config.frames, config, run, "D", times, reach=masked,
+                              label=f"{times} times as long")
+        video = decoded(run, image, z)
+        report_alignment(run, f", {times} times as long" + f", reach {masked}" * bool(masked), video, real.video)
+        strips.append(video[0, :: 2 * times])
+    sheet(strips, run.folder / "app_d.png")
+    for wider in (2, 4):
+        part = few.pick(range(min(4 // wider, len(few))))
+        text = tokens(image.conditioner, part)
+        z = sample_key_frames(unet, image, text, text, config.frames, config, run, "D", "wide", wider, wider=wider,
+                              label=f"{wider} times as wide")
+        video = decoded(run, image, z)
+        small = F.avg_pool2d(video.flatten(0, 1), wider).unflatten(0, video.shape[:2])
+        report_alignment(run, f", {wider} times as wide", small, real.video)
+        sheet([video[0, ::2]], run.folder / f"app_d_{wider}_times_as_wide.png")
+
+
+# %% From a prompt to a video
+
+
+def frames_of(run: Run, config: Config, image) -> Iterator[torch.Tensor]:
+    """The whole stack but the upsampler: key frames, two interpolation passes, decoder. 3 H W in [-1, 1] each."""
+    unet, _ = load_key_frames(run, image)
+    model, text = load_interpolation(run, image), tokens(image.conditioner, conditions(1, caption=config.prompt),
+                                                         config.negative)
+    z = sample_key_frames(unet, image, text, text, config.key_frames, config, run, "prompt", wider=config.wider,
+                          reach=config.reach, label="key frames")[0]
+    for stage in (0, 1):  # 8 to 29 to 113
+        z = lesson06.interpolate(
+            lambda first, last, start, stage=stage: between(model, image, first, last, stage, text, config, run,
+                                                            "prompt", stage, start), z, windows=8)
+    if (run.config.folder() / lesson04.NAME / "checkpoint.pt").exists():
+        autoencoder, portion = lesson04.load(run, image)
+        yield from lesson04.decode_stream(run, autoencoder, z, portion)
+    else:
+        print(f"no {lesson04.NAME} in {run.config.folder()}: decoding frame by frame")
+        yield from lesson08.decoded_singly(run, image, z)
+
+
+def show(config: Config) -> None:
+    """--prompt: the video, small, and its beginning large."""
+    name = "-".join(re.findall(r"[a-z0-9]+", config.prompt.lower()))[:60]
+    run = Run(NAME, config, name or "prompt")
+    image = open_backbone(run, config)
+    length, fps = 16 * (config.key_frames - 1) + 1, config.final_fps
+    frames, beginning = lesson08.tee_first(frames_of(run, config, image), round(config.upsampled_seconds * fps))
+    lesson08.write(run, "long", frames, length, fps)
+    lesson11 = import_module("11_latent_upsampler")
+    if beginning and (config.folder() / lesson11.NAME / "checkpoint.pt").exists():
+        text = conditions(1, caption=config.prompt)
+        large = lesson11.upsample(run, beginning, text)
+        lesson08.write(run, "long-large", large, len(beginning), fps)
+    elif beginning:
+        print(f"no {lesson11.NAME} in {config.folder()}: small frames only")
+    print(f"pictures: {run.folder}/long.webp, contact_sheet.png")
+
+
+# %% Main
+
+
+def show_plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, and what a training step needs."""
+    with torch.device("meta"):
+        if config.backbone in SHAPES or not config.backbone:
+            shape = config.backbone
+            image = StableDiffusion(shape, None, *config.size, device="meta") if shape else lesson02.planned(
+                config, condition="text")
+        else:
+            image = StableDiffusion(config.backbone, None, *config.size, device="meta")
+        unet, model = key_frame_model(config, image), Interpolator(config, image)
+    b, t, d = config.batch, config.frames, token_width(image)
+    dry_run(config, {"unet": unet, "interpolation": model, "autoencoder": image.autoencoder},
+            {"clips": (b, t, *image.shape), "text": (b, 77 if config.backbone else image.conditioner.LENGTH, d),
+             "interpolation input": (config.interpolation_batch, lesson06.FRAMES, 2 * image.shape[0] + 1,
+                                     *image.shape[1:]), "interpolation tokens": (config.interpolation_batch, 2, d)})
+    z = torch.zeros(t, *image.shape, device="meta")
+    tau, text = torch.zeros(1, device="meta"), torch.zeros(1, 77, d, device="meta")
+    training_cost("unet", unet, lambda: unet(z, tau, text, frames=t, time_context=text), b)
+    z = torch.zeros(lesson06.FRAMES, *image.shape, device="meta")
+    known = torch.zeros(lesson06.FRAMES, image.shape[0] + 1, *image.shape[1:], device="meta")
+    training_cost("interpolation", model, lambda: model(z, tau, text, known, tau, tau), config.interpolation_batch)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, __doc__)
+    if config.inspect:
+        return print(inspect(config.inspect))
+    if config.dry_run:
+        return show_plan(config)
+    if config.key_frames < 2 or config.wider < 1 or config.reach < 0:
+        raise UserError("--key-frames at least 2, --wider at least 1, --reach not negative")
+    if config.prompt:
+        return show(config)
+    run = Run(NAME, config)
+    image = open_backbone(run, config)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    if config.spatial_steps:
+        train_spatial(run, config, source, image)
+    unet, ema = train_key_frames(run, config, source, image)
+    ema.use()
+    unet.requires_grad_(False).eval()
+    model, ema = train_interpolation(run, config, source, image, ema.shadow)
+    ema.use()
+    evaluate(run, config, source, image, unet, model.eval())
+    known_good(run, PRESETS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))
