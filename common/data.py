@@ -101,12 +101,13 @@ class DrivingScenes:
 
     name, labelled = "driving", True
 
-    def __init__(self, height: int, width: int, final_fps: float) -> None:
-        self.height, self.width, self.final_fps = height, width, final_fps
+    def __init__(self, height: int, width: int, final_fps: float,
+                 scene: Callable[[Sequence[int]], Scene] = Scene) -> None:
+        self.height, self.width, self.final_fps, self.scene = height, width, final_fps, scene
 
     def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
         """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only."""
-        scenes = [Scene([*key, i, SPLITS.index(split)]) for i in range(count)]
+        scenes = [self.scene([*key, i, SPLITS.index(split)]) for i in range(count)]
         times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in range(count)]
         watched = list(zip(scenes, times, strict=True))
         return batch([scene.render(t, self.height, self.width) for scene, t in watched],

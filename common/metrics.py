@@ -9,7 +9,7 @@ Videos are `b t 3 h w` in [-1, 1].
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from common.blocks import group_norm
 from common.data import Clips, DrivingScenes
 from common.image_model import Conditioner
 from common.measures import box_mask
-from common.scenes import COLOURS, MAX_CARS
+from common.scenes import COLOURS, MAX_CARS, Scene
 from common.training import Run, UserError, adamw, channels_last, clip_and_warm_up, training_loop
 
 READER_SIZE = (64, 128)  # frames are brought to this size before they are read, as to 224 x 224 for I3D
@@ -52,6 +52,11 @@ class FrameReader(nn.Module):
             x = stage(x)
             features.append(x)
         return features
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """b 3 h w -> b 6 width: what the frame is like, and the strongest of what is anywhere in it."""
+        features = self(x)
+        return torch.cat([features[3].mean(dim=(2, 3)), features[1].amax(dim=(2, 3))], dim=1)
 
     def heads(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of night (b), of the number of cars (b, MAX_CARS + 1), and of "a car is here" (b 1 h/4 w/4)."""
@@ -137,9 +142,7 @@ class SceneReader(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of each of the three, b n."""
-        features = self.frames(frames)
-        pooled = torch.cat([features[3].mean(dim=(2, 3)), features[1].amax(dim=(2, 3))], dim=1)
-        return self.what(pooled).float().split((2, len(ROADS), NOTHING + 1), dim=1)
+        return self.what(self.frames.pooled(frames)).float().split((2, len(ROADS), NOTHING + 1), dim=1)
 
     def loss(self, clips: Clips) -> torch.Tensor:
         wanted, logits = said(clips.captions).to(self.what.weight.device), self(clips.video[:, 0].to(self.what.weight))
@@ -171,9 +174,7 @@ class CaptionReader(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.3))
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        features = self.frames(frames)
-        pooled = torch.cat([features[3].mean(dim=(2, 3)), features[1].amax(dim=(2, 3))], dim=1)
-        return F.normalize(self.image(pooled).float(), dim=1)
+        return F.normalize(self.image(self.frames.pooled(frames)).float(), dim=1)
 
     def captions(self, captions: Sequence[str]) -> torch.Tensor:
         words = torch.stack([Conditioner.words(caption, self.LENGTH) for caption in captions]).to(self.scale.device)
@@ -186,12 +187,14 @@ class CaptionReader(nn.Module):
         return (F.cross_entropy(alike, goal) + F.cross_entropy(alike.T, goal)) / 2
 
 
-def train_reader(run: Run, reader: nn.Module, steps: int, height: int, width: int, file: str) -> nn.Module:
+def train_reader(run: Run, reader: nn.Module, steps: int, height: int, width: int, file: str,
+                 scene: Callable[[Sequence[int]], Scene] = Scene) -> nn.Module:
     """Trains one of the readers on procedural scenes, whatever a run's data: they come with labels and no download.
 
     Clips are 8 frames at the final rate, a quarter and a sixteenth of it. Resumable; keys are the readers' own.
+    scene: makes a drive of a seed.
     """
-    scenes, rates = DrivingScenes(height, width, 30.0), (30 / 16, 30 / 4, 30.0)
+    scenes, rates = DrivingScenes(height, width, 30.0, scene), (30 / 16, 30 / 4, 30.0)
     reader = channels_last(reader).to(run.device)
     optimizer, frames = adamw(reader, 2e-3), 8 if isinstance(reader, ClipReader) else 1
     parts, metrics = {"reader": reader, "optimizer": optimizer}, file.replace(".pt", ".csv")

@@ -14,7 +14,7 @@ image model that samples every frame on its own gets wrong. What moves is the la
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
@@ -85,6 +85,7 @@ class Car:
     closing: float = 0.0
     lap: float = 1.0
     length: float = 4.2
+    stripes: str = ""  # colour of the two bands round a van; "" for every other car
 
     @property
     def oncoming(self) -> bool:
@@ -99,6 +100,8 @@ class Car:
 
     def cabin(self) -> tuple[float, float, float, float]:
         """Metres behind the near end where the cabin begins, its roof begins, its roof ends, and it ends."""
+        if self.stripes:
+            return 0.0, 0.0, self.length, self.length
         return (1.2, 2.0, 3.4, 4.1) if self.oncoming else (0.15, 0.7, 2.2, 3.0)
 
     def box(self, z: float, curvature: float) -> tuple[float, float, float, float]:
@@ -226,20 +229,51 @@ def draw_car_side(view: View, car: Car, z: float, body: RGB, glass: RGB) -> None
         window = [(x, 0.63 * h, z + start + 0.4), (inner, 0.93 * h, z + roof + 0.1),
                   (inner, 0.93 * h, z + roof_end - 0.1), (x, 0.63 * h, z + end - 0.4)]
         view.fill(window, view.tone(glass, z))
-        for middle in (0.8, 3.4):
-            rim = [(x, 0.32 + 0.32 * math.sin(a), z + middle + 0.32 * math.cos(a)) for a in np.arange(8) * math.pi / 4]
-            view.fill(rim, view.tone((24, 24, 28), z))
+        draw_rims(view, x, z)
+
+
+def draw_rims(view: View, x: float, z: float) -> None:
+    """The two wheels of a flank."""
+    for middle in (0.8, 3.4):
+        rim = [(x, 0.32 + 0.32 * math.sin(a), z + middle + 0.32 * math.cos(a)) for a in np.arange(8) * math.pi / 4]
+        view.fill(rim, view.tone((24, 24, 28), z))
+
+
+def draw_shadow(view: View, car: Car, z: float) -> None:
+    """On the ground, a little wider than the car."""
+    half, back = car.width / 2, z + car.length
+    corners = ((-half - 0.1, z), (half + 0.1, z), (half + 0.1, back), (-half - 0.1, back))
+    view.fill([(car.x + dx, 0.0, w) for dx, w in corners], view.tone((32, 32, 36), z))
+
+
+def draw_van(view: View, car: Car, z: float) -> None:
+    """A box without windows, two bands round it, as lesson 10 wants it: nothing else on the road looks so."""
+    half, h, back, body, band = car.width / 2, car.height, z + car.length, COLOURS[car.colour], COLOURS[car.stripes]
+    parts = ((0.25, h, body), (0.36 * h, 0.52 * h, band), (0.7 * h, 0.86 * h, band))
+    draw_shadow(view, car, z)
+    for sign in (-1, 1):
+        x = car.x + sign * half
+        if (view.point(x, 0, back)[0] - view.point(x, 0, z)[0]) * sign > 0:  # this flank faces the camera
+            for low, top, colour in parts:
+                flank = view.tone(mix(colour, (0, 0, 0), 0.3), z)
+                view.fill([(x, low, z), (x, top, z), (x, top, back), (x, low, back)], flank)
+            draw_rims(view, x, z)
+    for sign in (-1, 1):
+        middle = car.x + sign * 0.76 * half
+        view.face(middle - 0.13, middle + 0.13, 0.0, 0.4, z, view.tone((24, 24, 28), z))
+    for low, top, colour in parts:
+        view.face(car.x - half, car.x + half, low, top, z, view.tone(colour, z))
+    draw_lights(view, car, z, lit=False)
 
 
 def draw_car(view: View, car: Car, z: float) -> None:
     """Shadow, flank, wheels, body, cabin, lights and plate: the back of a car, or the front of an oncoming one."""
+    if car.stripes:
+        return draw_van(view, car, z)
     body, half, h, (start, roof, _, _) = COLOURS[car.colour], car.width / 2, car.height, car.cabin()
     glass = (70, 84, 104) if car.colour == "black" else (42, 50, 64)
-    tyre, back = view.tone((24, 24, 28), z), z + car.length
-    shadow = [
-        (car.x + dx, 0.0, w) for dx, w in ((-half - 0.1, z), (half + 0.1, z), (half + 0.1, back), (-half - 0.1, back))
-    ]
-    view.fill(shadow, view.tone((32, 32, 36), z))
+    tyre = view.tone((24, 24, 28), z)
+    draw_shadow(view, car, z)
     draw_car_side(view, car, z, body, glass)
     if z < NEAR:
         return  # the near end has already left the frame
@@ -309,7 +343,7 @@ class Scene:
         self._draw_look(rng)
         self.roadside = [self._draw_roadside(rng, side) for side in (-1, 1)]
         self.cars = self._draw_cars(rng)
-        self.caption = self._describe(("a left curve", "a straight road", "a right curve")[bend + 1])
+        self.caption = self._describe()
 
     def _draw_look(self, rng: np.random.Generator) -> None:
         """Colours and skyline of the clip. Each varies a little about its named value, so no two clips are equal."""
@@ -363,15 +397,16 @@ class Scene:
             cars.append(Car(colours.pop(), -LANE, 1.85, height, start + i * lap / 2, closing=closing, lap=lap))
         return [] if empty else cars
 
-    def _describe(self, road: str) -> str:
+    def _describe(self) -> str:
         """The caption."""
+        road = ("a left curve", "a straight road", "a right curve")[int(np.sign(self.curvature)) + 1]
         ahead, oncoming = [c for c in self.cars if not c.oncoming], [c for c in self.cars if c.oncoming]
         count, parts = ("no", "one", "two", "three"), []
         if ahead:
-            nearest = min(ahead, key=lambda car: car.start).colour
-            article = "an" if nearest[0] == "o" else "a"
+            nearest = min(ahead, key=lambda car: car.start)
+            article, noun = "an" if nearest.colour[0] == "o" else "a", "van" if nearest.stripes else "car"
             more = f" of {count[len(ahead)]}" if len(ahead) > 1 else ""
-            parts.append(f"{article} {nearest} car{more} ahead")
+            parts.append(f"{article} {nearest.colour} {noun}{more} ahead")
         if oncoming:
             parts.append(f"{count[len(oncoming)]} oncoming car{'s' * (len(oncoming) > 1)}")
         cars = " and ".join(parts) + f" on {road}" if parts else f"an empty {road.removeprefix('a ')}"
@@ -490,3 +525,21 @@ class Scene:
                 if 4.0 < z < FAR:
                     result.append((z, row))
         return result
+
+
+def scene_behind(seed: int | Sequence[int], **look: object) -> Scene:
+    """The drive of a seed behind a car that looks as told (fields of Car): the nearest one ahead, or one put there."""
+    scene = Scene(seed)
+    ahead = [car for car in scene.cars if not car.oncoming]
+    if not ahead:
+        ahead = [Car("red", 0.0, 1.85, 1.5, 7.0 + 0.4 * scene.drift, 1.2, 16.0)]
+        scene.cars += ahead
+    nearest = min(ahead, key=lambda car: car.start)
+    scene.cars[scene.cars.index(nearest)] = replace(nearest, **look)
+    scene.caption = scene._describe()
+    return scene
+
+
+def van_scene(seed: int | Sequence[int]) -> Scene:
+    """Behind the van that lesson 10 teaches: purple with yellow bands, taller and boxier than any other car."""
+    return scene_behind(seed, colour="purple", stripes="yellow", width=2.1, height=2.5)

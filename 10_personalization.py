@@ -1,0 +1,366 @@
+"""Lesson 10: one particular car in videos: DreamBooth on the backbone, with lesson 9's temporal layers (Sec. 4.2.1).
+
+Changes from lesson 9: nothing temporal is trained. DreamBooth tunes all spatial weights and the text encoder on ten
+pictures of one subject, under captions with a rare token ("a sks car ahead on a left curve ..."), beside pictures of
+the class that the untuned model made itself ("a car ahead on ..."), so that not every car becomes this one. Lesson 9's
+temporal layers are then put into the tuned backbone as they are. When sampling, the spatial layers read the tuned
+encoder's tokens of the caption with the token, the temporal layers the original encoder's of the caption without it,
+as they know neither. The subject here is a striped purple van, which no lesson before has seen.
+
+  python 09_text_to_video.py          first, with the text backbone of lesson 2
+  python 10_personalization.py        4 minutes on 2 cores
+  python 10_personalization.py --backbone v1-4.safetensors --text-encoder FOLDER --data FOLDER --preset paper \\
+      --instances FOLDER --class-word frog --places "playing a guitar in a band" "in the snow"
+
+Expect at the cpu preset: the van in most frames of the personalised videos, and hardly ever in those of the untuned
+model asked for the same, or of the tuned one asked without the token; frames that hang together as lesson 9's do.
+
+Reads OUT/02_image_ldm-text, or the file given with --backbone, and OUT/09_text_to_video. Writes
+OUT/10_personalization/: checkpoint.pt (tuned spatial weights and text encoder), reader.pt (tells the van from other
+cars), instances.png, images.png, videos.png (personalised and untuned in turn), personalised.gif, untuned.gif,
+captions.txt, metrics.png.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import nn
+
+from common.data import Clips, DrivingScenes, frame_files, reason
+from common.image_model import conditions
+from common.measures import colour_change, motion
+from common.metrics import READER_SIZE, FrameReader, to_reader_size, train_reader
+from common.pictures import animation, plot_metrics, sheet
+from common.pretrained import CaptionTokens, StableDiffusion, frame_size
+from common.scenes import Scene, scene_behind, van_scene
+from common.training import (
+    EMA,
+    BaseConfig,
+    Run,
+    UserError,
+    adamw,
+    check_lineage,
+    cli,
+    clip_and_warm_up,
+    command,
+    dry_run,
+    is_temporal,
+    known_good,
+    load_checkpoint,
+    load_part,
+    parse,
+    preset_config,
+    training_loop,
+)
+
+lesson02 = import_module("02_image_ldm")
+lesson09 = import_module("09_text_to_video")
+NAME = "10_personalization"
+
+
+# %% Config
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    token: str = "sks"  # the rare word that comes to mean the subject
+    class_word: str = "car"  # what the subject is one of: a word that the backbone knows
+    instances: str = ""  # folder of png or jpg pictures of the subject; empty: the van is drawn
+    places: tuple[str, ...] = ("next to the Eiffel Tower", "on a beach", "in a desert", "in the snow")  # in the videos
+    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
+    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    ema: bool = False  # take the averaged weights of a CompVis file
+    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
+    parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
+    prior_images: int = 64  # pictures of the class, made by the untuned model
+    prior_weight: float = 1.0  # weight of the loss on them
+    steps: int = 250  # training steps
+    batch: int = 4  # pictures of the subject per step, and as many of the class
+    lr: float = 2e-4  # learning rate of the U-Net and the text encoder
+    warmup: int = 20  # steps of linear warm-up
+    ema_decay: float = 0.98  # decay of the weight average
+    ddim_steps: int = 16  # sampling steps
+    guidance: float = 3.0  # scale of guidance on the text
+    eta: float = 1.0  # 0 deterministic, 1 ancestral
+    reader_steps: int = 400  # training steps of the network that knows the van
+    samples: int = 12  # videos of the van
+
+
+PRESETS: dict[str, dict] = {
+    "smoke": dict(prior_images=4, steps=3, batch=2, ddim_steps=2, reader_steps=2, samples=2),
+    "cpu": {},
+    "gpu": dict(prior_images=256, steps=800, batch=8, lr=5e-5, ddim_steps=50, reader_steps=2000, samples=32),
+    # App. H.3: Stable Diffusion 1.4, 8 to 23 pictures, 256 of the class. One picture of each a step is DreamBooth's;
+    # the paper does not say. No weight average.
+    "paper": dict(backbone="sd1", prior_images=256, steps=800, batch=1, lr=1e-6, warmup=1, ema_decay=0.0,
+                  ddim_steps=250, guidance=8.0, samples=4),
+}
+
+
+# %% The subject, and how it is called
+
+
+def read_pictures(folder: str, height: int, width: int) -> torch.Tensor:
+    """The pictures of a folder, scaled to fill the frame and cropped at the centre: n 1 3 H W in [-1, 1]."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--instances {folder}: no such folder; give one with png or jpg pictures of the subject")
+    files, pictures = frame_files(Path(folder)), []
+    if len(files) < 3:
+        raise UserError(f"--instances {folder}: {len(files) or 'no'} png or jpg pictures in it, 3 are the least")
+    for file in files:
+        try:
+            with Image.open(file) as picture:  # phones store pictures lying down, and which side is up beside them
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+            pictures.append(np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)))
+        except OSError as error:
+            raise UserError(f"{file}: not a readable picture ({reason(error)}); remove or replace it") from None
+    return rearrange(torch.from_numpy(np.stack(pictures)), "n h w c -> n 1 c h w").float() / 127.5 - 1
+
+
+def asked(config: Config, places: Sequence[str], token: bool) -> Clips:
+    """Captions such as "a sks car in the snow", or without the token, as rows of conditions."""
+    name = f"a {config.token} {config.class_word}" if token else f"a {config.class_word}"
+    return replace(conditions(len(places)), captions=[f"{name} {place}".strip() for place in places])
+
+
+def drawn(config: Config, image, key: int, count: int, frames: int, split: str = "train", scene=van_scene) -> Clips:
+    """Clips at the rate of key frames, of the van or of what else `scene` makes of the same drives."""
+    source = DrivingScenes(image.config.height, image.config.width, config.final_fps, scene)
+    return source.clips((config.seed, key), count, frames, config.final_fps / 16, split)
+
+
+def places_of(vans: Clips) -> list[str]:
+    return [caption.removeprefix("a purple van ") for caption in vans.captions]
+
+
+def subject(config: Config, image) -> tuple[torch.Tensor, Clips, Clips]:
+    """Pictures n 1 3 H W, their captions, and the captions of the pictures of the class."""
+    if config.instances:
+        pictures = read_pictures(config.instances, image.config.height, image.config.width)
+        places, others = [""] * len(pictures), [""] * config.prior_images
+    else:
+        vans = drawn(config, image, 12, 10, 1)
+        pictures, places = vans.video, places_of(vans)
+        others = places_of(drawn(config, image, 13, config.prior_images, 1))
+    return pictures, asked(config, places, True), asked(config, others, False)
+
+
+# %% DreamBooth: Eq. (1) on the subject with the token, and on the class without
+
+
+@torch.no_grad()
+def sample_prior(run: Run, config: Config, image, captions: Clips) -> torch.Tensor:
+    """What the untuned model makes of the class: latents n c h w. It is taught to keep just that."""
+    unet = image.unet().eval()
+    return torch.cat([
+        lesson02.sample_images(unet, image, captions.pick(range(i, min(i + 16, len(captions)))), config.guidance, run,
+                               config.ddim_steps, config.eta, "prior", i, label="prior")
+        for i in range(0, len(captions), 16)
+    ])
+
+
+def trainable(conditioner: nn.Module) -> nn.Module:
+    """A copy of the text encoder that learns. The original stays: the temporal layers go on with it."""
+    conditioner = copy.deepcopy(conditioner)
+    if isinstance(conditioner, CaptionTokens):
+        conditioner.encoder.tune()  # its captions must not come from the folder of encoded ones any more
+    return conditioner.requires_grad_(True)
+
+
+def train(run: Run, config: Config, image, pictures: torch.Tensor, captions: Clips, prior: torch.Tensor,
+          prior_captions: Clips) -> None:
+    """Leaves checkpoint.pt. prior: latents n c h w."""
+    model = nn.ModuleDict({"unet": image.unet(), "conditioner": trainable(image.conditioner)})
+    optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
+    with run.autocast():
+        z = image.encode(pictures)  # n c h w
+    parts = {"model": model, "optimizer": optimizer, "ema": ema}
+    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+        draw = run.generator("dreambooth", step)
+        one, many = (torch.randint(len(rows), (config.batch,), generator=draw).tolist() for rows in (z, prior))
+        x = torch.cat([z[one], prior[many]])  # the subject, then its class
+        tau = diffusion.random_tau(len(x), draw)
+        eps = torch.randn(x.shape, generator=draw).to(run.device)
+        with run.autocast():
+            text = model["conditioner"](captions.pick(one).join(prior_captions.pick(many)))
+            output = model["unet"](diffusion.diffuse(x, eps, tau), tau, text).float()
+        errors = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2, 3))
+        instance, kept = errors[: config.batch].mean(), errors[config.batch :].mean()
+        loss = instance + config.prior_weight * kept
+        loss.backward()
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        run.log(step, instance=instance, prior=kept)
+
+
+def load(run: Run, image):
+    """The tuned image model: `image` with other spatial weights and another text encoder (both averaged)."""
+    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    content = load_checkpoint(path, remedy)
+    check_lineage(content, image.lineage, path, remedy)
+    weights = content["model"] | content["ema"]["shadow"]
+    unet, conditioner = ({name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+                         for part in ("unet.", "conditioner."))
+    tuned = copy.copy(image)
+    tuned.weights, tuned.conditioner = unet, trainable(image.conditioner)
+    load_part(tuned.conditioner, conditioner, path)
+    tuned.conditioner.requires_grad_(False)
+    return tuned
+
+
+# %% The video model: temporal layers of lesson 9 in the tuned backbone
+
+
+def insert(video: nn.Module, tuned) -> nn.Module:
+    """Lesson 9's network with the tuned spatial weights; its temporal ones are untouched."""
+    network = copy.deepcopy(video)
+    missing, unexpected = network.load_state_dict(tuned.weights, strict=False)
+    assert not unexpected and all(is_temporal(name) for name in missing)
+    return network
+
+
+def sample_videos(run: Run, config: Config, network: nn.Module, image, conditioner: nn.Module, wanted: Clips,
+                  plain: Clips, frames: int, label: str) -> torch.Tensor:
+    """Frames b t 3 H W. wanted: what the spatial layers read, through `conditioner`; plain: the captions without the
+    token, which the temporal layers read through the original one. The noise is the same in every call."""
+    text, time_text = lesson09.tokens(conditioner, wanted), lesson09.tokens(image.conditioner, plain)
+    z = lesson09.sample_key_frames(network, image, text, time_text, frames, config, run, "videos", label=label)
+    return lesson09.decoded(run, image, z)
+
+
+# %% Figures and numbers
+
+
+class VanReader(nn.Module):
+    """Tells frames with the van from frames without. b 3 h w -> logits b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.what = FrameReader(24), nn.Linear(96 + 48, 1)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.what(self.frames.pooled(frames)).float()[:, 0]
+
+    def loss(self, clips: Clips) -> torch.Tensor:
+        wanted = torch.tensor([float(" van " in caption) for caption in clips.captions]).to(self.what.weight)
+        return F.binary_cross_entropy_with_logits(self(clips.video[:, 0].to(self.what.weight)), wanted)
+
+
+def van_or_not(seed: Sequence[int]) -> Scene:
+    """What the reader learns from: half with the van, a quarter behind a plain purple car, the rest as they come."""
+    number = seed[-2]  # of the clip in its batch
+    if number % 2:
+        return van_scene(seed)
+    return scene_behind(seed, colour="purple") if number % 4 else Scene(seed)
+
+
+@torch.no_grad()
+def share_with_van(run: Run, reader: VanReader, video: torch.Tensor) -> float:
+    """Share of all frames of clips b t 3 h w in which the van is read."""
+    with run.autocast():
+        return float(torch.cat([reader(to_reader_size(clip).to(run.device)) > 0 for clip in video]).float().mean())
+
+
+def report_consistency(run: Run, name: str, a: torch.Tensor, b: torch.Tensor, **goal: float) -> None:
+    """Do frames of a hang together as those of b do? Colour that changes, and motion that cannot be matched."""
+    run.report(f"colour change, {name}", float(colour_change(a).mean() / colour_change(b).mean()), **goal)
+    run.report(f"motion, mismatch, {name}", float(motion(a)[1].mean() / motion(b)[1].mean()), **goal)
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: Config, image, tuned, video: nn.Module, frames: int, pictures: torch.Tensor) -> None:
+    real = None if config.instances else drawn(config, image, lesson02.HELD_OUT, config.samples, frames, "held-out")
+    places = config.places if real is None else places_of(real)
+    told, plain = asked(config, places, True), asked(config, places, False)
+    network, found = insert(video, tuned), {}
+    for name, model, who, wanted in (("personalised videos", network, tuned, told),
+                                     ("untuned videos", video, image, told),
+                                     ("personalised videos, no token", network, tuned, plain)):
+        found[name] = sample_videos(run, config, model, image, who.conditioner, wanted, plain, frames, name)
+    z = lesson02.sample_images(tuned.unet(), tuned, told, config.guidance, run, config.ddim_steps, config.eta, "images")
+    found["personalised images"] = lesson09.decoded(run, image, z[:, None])
+    ours, untuned = found["personalised videos"], found["untuned videos"]
+    report_consistency(run, "personalised over untuned", ours, untuned, at_least=0.9, at_most=1.1)
+    if real is not None:
+        # the van is larger than other cars, and striped: so much it would change with nothing gone wrong
+        others = drawn(config, image, lesson02.HELD_OUT, config.samples, frames, "held-out", scene_behind)
+        report_consistency(run, "real vans over real cars", real.video, others.video)
+        report_identity(run, config, image, found, real, others)
+    shown = min(8, len(places))
+    sheet(pictures[:, 0].split(5), run.folder / "instances.png")
+    sheet([found["personalised images"][:shown, 0]], run.folder / "images.png")
+    sheet([row for i in range(min(3, shown)) for row in (ours[i], untuned[i])], run.folder / "videos.png")
+    animation(ours[:shown], run.folder / "personalised.gif", config.final_fps / 16)
+    animation(untuned[:shown], run.folder / "untuned.gif", config.final_fps / 16)
+    (run.folder / "captions.txt").write_text("\n".join(told.captions[:shown]) + "\n")
+    plot_metrics(run.folder / "metrics.csv", ["instance", "prior"], "DreamBooth")
+    print(f"pictures: {run.folder}/instances.png, images.png, videos.png, personalised.gif, untuned.gif")
+
+
+def report_identity(run: Run, config: Config, image, found: dict, real: Clips, others: Clips) -> None:
+    """In which share of frames the van is seen: real ones first, to know what the reader's word is worth."""
+    with torch.enable_grad():
+        torch.manual_seed(0)
+        reader = train_reader(run, VanReader(), config.reader_steps, *READER_SIZE, "reader.pt", van_or_not)
+    with run.autocast():
+        z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", b=len(real))
+    known = {"real vans": real.video, "real vans through the autoencoder": lesson09.decoded(run, image, z),
+             "real cars": others.video}
+    shares = {name: share_with_van(run, reader, video) for name, video in (known | found).items()}
+    for name, share in shares.items():
+        run.report(f"van seen, {name}", share, at_least=0.5 if name == "personalised videos" else None)
+    run.report("van seen, personalised less untuned videos", shares["personalised videos"] - shares["untuned videos"],
+               at_least=0.3)
+
+
+# %% Main
+
+
+def show_plan(config: Config) -> None:
+    """--dry-run: parameters and shapes."""
+    with torch.device("meta"):
+        image = (StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta") if config.backbone else
+                 lesson02.planned(config, condition="text"))
+        plan = preset_config(lesson09.Config, lesson09.PRESETS, config.preset)
+        models = {"unet": image.unet(), "video unet": lesson09.key_frame_model(plan, image)}
+    models["video unet"].requires_grad_(False)  # nothing of it is trained here
+    if image.conditioner is not None:  # Stable Diffusion's is in --text-encoder's folder
+        models["conditioner"] = image.conditioner
+    words = 77 if config.backbone else image.conditioner.LENGTH
+    dry_run(config, models, {
+        "pictures": (2 * config.batch, 3, image.config.height, image.config.width),
+        "latents": (2 * config.batch, *image.shape),
+        "text": (2 * config.batch, words, lesson09.token_width(image)),
+        "videos": (config.samples, plan.frames, *image.shape),
+    })
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, PRESETS, argv, __doc__)
+    if config.dry_run:
+        return show_plan(config)
+    if config.data != "driving" and not config.instances:
+        raise UserError(f"--data {config.data} also needs --instances: the van is drawn for the drawn scenes only")
+    run = Run(NAME, config)
+    image = lesson09.open_backbone(run, config)
+    # through a copy: lesson 9 may have tuned spatial weights of its own, DreamBooth begins with the original ones
+    video, plan = lesson09.load_key_frames(run, copy.copy(image))
+    pictures, captions, prior_captions = subject(config, image)
+    prior = sample_prior(run, config, image, prior_captions)
+    train(run, config, image, pictures, captions, prior, prior_captions)
+    evaluate(run, config, image, load(run, image), video, plan.frames, pictures)
+    known_good(run, PRESETS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))
