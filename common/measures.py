@@ -64,6 +64,12 @@ def flicker(video: torch.Tensor, truth: torch.Tensor) -> float:
     return float((video.float().diff(dim=1) - truth.float().diff(dim=1)).abs().mean())
 
 
+def seam(video: torch.Tensor, truth: torch.Tensor, at: int) -> float:
+    """Error of the step in time into frame `at`, where a portion begins, over the mean error of all other steps."""
+    steps = (video.float().diff(dim=1) - truth.float().diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))
+    return float(steps[at - 1] / torch.cat([steps[: at - 1], steps[at:]]).mean())
+
+
 def sharpness(video: torch.Tensor) -> torch.Tensor:
     """Mean gradient magnitude of the brightness of every frame: b t."""
     grey = video.float().mean(dim=2)
