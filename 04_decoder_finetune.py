@@ -9,12 +9,14 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
+  python 04_decoder_finetune.py --backbone v1-5.safetensors --data FOLDER --preset paper --steps 35000 --batch 40
+                                                        Stable Diffusion's decoder, as for WebVid (Tables 8 and 11)
 
 Expect at the cpu preset: PSNR 0.1 dB above the image decoder's. Flicker does not fall in these few minutes (20 % less
 is the goal): the image decoder's is low already, as the true latents of these smooth scenes hardly jump.
 
-Reads OUT/02_image_ldm. Writes OUT/04_decoder_finetune/: checkpoint.pt (the video decoder), features.pt, decoders.png,
-time_slices.png, decoders.gif, metrics.png.
+Reads OUT/02_image_ldm, or the file given with --backbone. Writes OUT/04_decoder_finetune/: checkpoint.pt (the video
+decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,6 +34,7 @@ from common.data import open_data
 from common.measures import flicker, psnr
 from common.metrics import FrameReader, train_reader
 from common.pictures import animation, plot_metrics, sheet
+from common.pretrained import StableDiffusion, frame_size
 from common.training import (
     EMA,
     BaseConfig,
@@ -60,6 +63,8 @@ NAME = "04_decoder_finetune"
 
 @dataclass(kw_only=True)
 class Config(BaseConfig):
+    backbone: str = ""  # tune Stable Diffusion's decoder, of a file or folder, instead of lesson 2's
+    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
     frames: int = 6  # frames of a training clip
     kernel: int = 3  # temporal kernel, of kernel x 3 x 3 convolutions
     steps: int = 450  # training steps
@@ -332,9 +337,12 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
+    if config.backbone:
+        config.size = frame_size(config.size)
     if config.dry_run:
-        image = lesson02.planned(config)
         with torch.device("meta"):
+            image = (StableDiffusion(config.backbone, None, *config.size, device="meta") if config.backbone else
+                     lesson02.planned(config))
             autoencoder = video_autoencoder(image, config.kernel)
             critic = VideoDiscriminator()
         train_decoder(autoencoder, config.freeze_spatial)
@@ -342,7 +350,10 @@ def main(argv: list[str] | None = None) -> None:
         return dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
                        {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
-    image = lesson02.load(run)
+    if config.backbone:
+        image = StableDiffusion(config.backbone, None, *config.size, device=run.device)
+    else:
+        image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)

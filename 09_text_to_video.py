@@ -40,7 +40,7 @@ from common.image_model import conditions
 from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import SHAPES, StableDiffusion, TextEncoder, inspect
+from common.pretrained import SHAPES, StableDiffusion, TextEncoder, frame_size, inspect
 from common.training import (
     EMA,
     BaseConfig,
@@ -132,14 +132,13 @@ def open_backbone(run: Run, config: Config) -> nn.Module | StableDiffusion:
     """The frozen text-to-image model; with tuned spatial weights where `train_spatial` left some."""
     if not config.backbone:
         return lesson02.load(run, "text")
-    if config.backbone in SHAPES:
-        raise UserError(f"--backbone {config.backbone} is a shape to count (--dry-run); give a file or folder to train")
-    if not config.text_encoder:
-        raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
-    if len(config.size) != 2:
-        raise UserError("--size wants two numbers, height and width")
-    text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions")
-    return StableDiffusion(config.backbone, text, *config.size, config.parameterization, run.device, config.ema)
+    text = None
+    if config.backbone not in SHAPES:
+        if not config.text_encoder:
+            raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
+        text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions")
+    return StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
+                           config.ema)
 
 
 def train_spatial(run: Run, config: Config, source, image) -> None:
@@ -490,12 +489,8 @@ def show(config: Config) -> None:
 def show_plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step needs."""
     with torch.device("meta"):
-        if config.backbone in SHAPES or not config.backbone:
-            shape = config.backbone
-            image = StableDiffusion(shape, None, *config.size, device="meta") if shape else lesson02.planned(
-                config, condition="text")
-        else:
-            image = StableDiffusion(config.backbone, None, *config.size, device="meta")
+        image = (StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta") if config.backbone else
+                 lesson02.planned(config, condition="text"))
         unet, model = key_frame_model(config, image), Interpolator(config, image)
     b, t, d = config.batch, config.frames, token_width(image)
     dry_run(config, {"unet": unet, "interpolation": model, "autoencoder": image.autoencoder},

@@ -138,7 +138,7 @@ class SceneReader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frames, self.what = FrameReader(), nn.Linear(128 + 64, 2 + len(ROADS) + NOTHING + 1)
+        self.frames, self.what = FrameReader(24), nn.Linear(96 + 48, 2 + len(ROADS) + NOTHING + 1)
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of each of the three, b n."""

@@ -100,6 +100,8 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 def plot_metrics(path: Path, columns: Sequence[str], title: str, smooth: int = 50) -> None:
     """Plots columns of a metrics.csv, each raw (faint) and averaged over `smooth` rows, to a PNG beside it."""
+    if not path.exists():
+        return  # no step was trained
     table = np.genfromtxt(path, delimiter=",", names=True, invalid_raise=False)
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.6), squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):

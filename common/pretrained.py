@@ -443,6 +443,13 @@ class Frozen:
     condition: str = "text"
 
 
+def frame_size(size: tuple[int, ...]) -> tuple[int, int]:
+    """--size as height and width."""
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"--size {' '.join(map(str, size))}: give height and width")
+    return size[0], size[1]
+
+
 class StableDiffusion(ImageModel):
     """Stable Diffusion 1.x or 2.x, with all that lessons ask of an ImageModel. Frozen.
 
@@ -455,6 +462,8 @@ class StableDiffusion(ImageModel):
         self.path, self.device = path, device
         self.config = Frozen(height, width, parameterization)
         self.weights, self.architecture, self.coder = {}, SHAPES.get(path), AUTOENCODERS.get(path)
+        if self.architecture is not None and torch.device(device).type != "meta":
+            raise UserError(f"--backbone {path} is a shape, to count with --dry-run; give a file or folder to train")
         if self.architecture is None:
             self.weights = read_part(path, "unet", ema)
             self.architecture = architecture(self.weights, path)
@@ -470,7 +479,7 @@ class StableDiffusion(ImageModel):
         self.diffusion = Diffusion("sqrt_linear", 0.00085, 0.012, parameterization, device)
         factor = 8 * 2 ** (len(self.architecture["multipliers"]) - 1)
         if height % factor or width % factor:
-            raise UserError(f"--size {height} {width}: must be multiples of {factor} for {path}")
+            raise UserError(f"--size {height} {width}: not multiples of {factor}, as {path} wants")
         self.shape = (4, height // 8, width // 8)
 
     def unet(self, temporal: TemporalOptions | None = None) -> UNet:

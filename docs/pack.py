@@ -31,8 +31,9 @@ CURVES = {  # file of weights: file of its losses
     "readers/frames.pt": "frames.csv",
     "readers/clips.pt": "clips.csv",
     "readers/captions.pt": "captions.csv",
+    "readers/scenes.pt": "scenes.csv",
 }
-LIMIT = 40_000_000  # bytes of all files together
+LIMIT = 40 * 2**20  # bytes of all files together
 KEPT = ("script", "step", "config", "lineage", "latent_scale")
 
 
@@ -75,9 +76,9 @@ def pack(out: Path) -> None:
         raise UserError(f"{out}: nothing to pack; it has none of {', '.join(CURVES)}")
     write_text(CHECKPOINTS / "made.json", json.dumps(made, indent=1) + "\n")
     total = sum(path.stat().st_size for path in CHECKPOINTS.rglob("*.*"))
-    print(f"{CHECKPOINTS}: {len(made)} files of weights, {total / 1e6:.1f} MB in all")
+    print(f"{CHECKPOINTS}: {len(made)} files of weights, {total / 2**20:.1f} MiB in all")
     if total > LIMIT:
-        raise UserError(f"{CHECKPOINTS} is over {LIMIT / 1e6:.0f} MB")
+        raise UserError(f"{CHECKPOINTS} is over {LIMIT / 2**20:.0f} MiB")
 
 
 def main(argv: list[str] | None = None) -> None:

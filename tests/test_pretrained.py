@@ -1,6 +1,9 @@
 """Real weights: the same numbers as independent implementations, and files that do not fit."""
 
 import json
+import resource
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from common.autoencoder import Autoencoder
 from common.blocks import TemporalOptions
 from common.pretrained import (
+    SHAPES,
+    StableDiffusion,
     TextEncoder,
     architecture,
     autoencoder_architecture,
@@ -20,7 +25,7 @@ from common.pretrained import (
     load_weights,
     read_part,
 )
-from common.training import UserError, is_temporal
+from common.training import UserError, adamw, is_temporal
 from common.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -265,22 +270,26 @@ def test_nothing_is_half_loaded(single_file: Path) -> None:
 # %% Text
 
 
-@pytest.fixture
-def clip(tmp_path: Path) -> Path:
+def clip_folder(folder: Path, width: int) -> Path:
     """A small CLIP text model with a tokenizer of single letters, in the layout of a pipeline's folder."""
     transformers = pytest.importorskip("transformers")
     letters = [chr(i) for i in range(33, 127)]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     config = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         eos_token_id=len(words) - 1, bos_token_id=len(words) - 2)  # fmt: skip
-    transformers.CLIPTextModel(config).save_pretrained(tmp_path / "text_encoder")
-    transformers.CLIPTokenizer(str(tmp_path / "tokenizer" / "vocab.json"), str(tmp_path / "tokenizer" / "merges.txt")
-                               ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
-    return tmp_path
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    transformers.CLIPTokenizer(str(folder / "tokenizer" / "vocab.json"), str(folder / "tokenizer" / "merges.txt")
+                               ).save_pretrained(folder / "tokenizer")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return clip_folder(tmp_path, 32)
 
 
 def test_text_is_encoded_once(clip: Path, tmp_path: Path) -> None:
@@ -299,3 +308,84 @@ def test_a_folder_that_is_no_text_encoder(clip: Path, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(UserError, match="not CLIP's text model"):
         TextEncoder(clip)(["a"])
+
+
+# %% Lessons 9 and 4 on a file of Stable Diffusion's layout
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> tuple[Path, Path]:
+    """A narrow network of Stable Diffusion 1.x's kind (8 heads, text 768 wide) and its text encoder; f = 8."""
+    unet = random_weights(UNet(4, 4, 32, (1, 1, 1, 1), 1, (1, 2, 4), heads=8, context_dim=768, linear=False))
+    autoencoder = random_weights(Autoencoder(32, (1, 1, 1, 1), 1, 4, "kl"), 1)
+    content = {"model.diffusion_model." + name: value for name, value in unet.state_dict().items()}
+    content |= {"first_stage_model." + name: value for name, value in autoencoder.state_dict().items()}
+    torch.save({"state_dict": content}, tmp_path / "tiny.ckpt")
+    (tmp_path / "clip").mkdir()
+    return tmp_path / "tiny.ckpt", clip_folder(tmp_path / "clip", 768)
+
+
+def test_lessons_9_and_4_train_and_sample_on_a_file(released: tuple[Path, Path], tmp_path: Path) -> None:
+    file, text = released
+    lesson04, lesson09 = import_module("04_decoder_finetune"), import_module("09_text_to_video")
+    flags = ["--preset", "smoke", "--backbone", str(file), "--size", "64", "128", "--out", str(tmp_path / "out")]
+    lesson04.main(flags)
+    texts = ["--text-encoder", str(text), "--upsampled-seconds", "0"]
+    lesson09.main([*flags, *texts])
+    assert list((tmp_path / "out" / "captions").glob("*.pt"))  # every caption is encoded once
+    lesson09.main([*flags, *texts, "--prompt", "a red car"])
+    assert (tmp_path / "out" / "09_text_to_video-a-red-car" / "long.webp").exists()
+    with pytest.raises(UserError, match="was trained with backbone"):
+        file.rename(file.with_name("other.ckpt"))
+        flags[3] = str(file.with_name("other.ckpt"))
+        lesson09.main([*flags, *texts, "--prompt", "a blue car"])
+
+
+def test_a_text_encoder_of_another_model_is_refused(released: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    narrow = clip_folder(tmp_path / "other", 32)
+    with pytest.raises(UserError, match="is 32 wide"):
+        StableDiffusion(str(released[0]), TextEncoder(narrow), 64, 128)
+
+
+def test_half_the_work_is_recomputed_with_the_same_gradients(released: tuple[Path, Path]) -> None:
+    """Gradient checkpointing changes memory, not numbers."""
+    gradients = []
+    for checkpointing in (False, True):
+        unet, _ = load_unet(released[0], TemporalOptions(context_dim=768))
+        random_weights(unet)
+        unet.train_temporal_only()
+        unet.checkpointing = checkpointing
+        x, text = noise(4, 4, 8, 8), noise(2, 3, 768, seed=4)
+        unet(x, torch.tensor([5, 900]), text, frames=2, time_context=text).square().sum().backward()
+        gradients.append({name: p.grad for name, p in unet.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@slow
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_one_training_step_at_full_size(shape: str) -> None:
+    """Random weights, 8 frames of 320 x 512, bfloat16, checkpointing; prints time and memory for the README."""
+    frames, device = 8, "cuda" if torch.cuda.is_available() else "cpu"
+    width = SHAPES[shape]["context_dim"]
+    torch.manual_seed(0)
+    unet = UNet(**SHAPES[shape], temporal=TemporalOptions(context_dim=width)).to(device)
+    unet.train_temporal_only()
+    unet.checkpointing = True
+    for module in unet.modules():  # a frozen matrix may stay in bfloat16: autocast would round it so each time
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+    optimizer = adamw(unet, 1e-4)
+    z, text = noise(frames, 4, 40, 64).to(device), noise(1, 77, width).to(device)
+    start = time.time()
+    with torch.autocast(device, torch.bfloat16):
+        out = unet(z, torch.tensor([500], device=device), text, frames=frames, time_context=text)
+    loss = (out.float() - noise(*out.shape, seed=9).to(device)).square().mean()
+    loss.backward()
+    optimizer.step()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss
+    seconds = time.time() - start
+    print(f"\n{shape}: {seconds:.0f} s, peak {peak / 2**30:.1f} GiB, {device}, {frames} frames of 320 x 512")
+    assert torch.isfinite(loss) and all(torch.isfinite(p).all() for p in unet.parameters() if p.requires_grad)
