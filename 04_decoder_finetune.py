@@ -31,7 +31,7 @@ from torch import nn
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import group_norm, zero
 from common.data import open_data
-from common.measures import flicker, psnr
+from common.measures import flicker, psnr, seam
 from common.metrics import FrameReader, train_reader
 from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import StableDiffusion, frame_size
@@ -307,16 +307,11 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
     run.report("PSNR, image decoder", psnr(by_image, real), "dB")
     run.report("PSNR, video decoder", psnr(by_video, real), "dB")
     run.report("PSNR, change", psnr(by_video, real) - psnr(by_image, real), "dB", at_least=-0.3)
-    seam = config.frames
-    steps = (by_video.diff(dim=1) - real.diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))  # error of each step in time
-    run.report(
-        "flicker at the seam of portions over elsewhere",
-        float(steps[seam - 1] / torch.cat([steps[: seam - 1], steps[seam:]]).mean()),
-    )
+    run.report("flicker at the seam of portions over elsewhere", seam(by_video, real, config.frames))
     alphas = [float(p.sigmoid()) for n, p in autoencoder.named_parameters() if n.endswith("mix_factor")]
     run.report("alpha, smallest", min(alphas))
     run.report("alpha, largest", max(alphas))
-    sheet([real[0, :seam], by_image[0, :seam], by_video[0, :seam]], run.folder / "decoders.png")
+    sheet([v[0, : config.frames] for v in (real, by_image, by_video)], run.folder / "decoders.png")
     row = real.shape[-2] * 2 // 3  # one line of pixels over time: flicker shows as streaks across it
     slices = [rearrange(v[:4, :, :, row], "b t c w -> b c t w") for v in (real, by_image, by_video)]
     sheet([piece.repeat_interleave(6, dim=2) for piece in slices], run.folder / "time_slices.png")

@@ -36,7 +36,7 @@ from torch import nn
 from common.blocks import TemporalOptions, sinusoids
 from common.data import Clips, open_data
 from common.diffusion import guide
-from common.image_model import conditions
+from common.image_model import ImageModel, conditions
 from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
 from common.pictures import animation, plot_metrics, sheet
@@ -128,7 +128,7 @@ PRESETS: dict[str, dict] = {
 # %% The backbone: lesson 2's text-to-image model, or Stable Diffusion from a file
 
 
-def open_backbone(run: Run, config: Config) -> nn.Module | StableDiffusion:
+def open_backbone(run: Run, config: Config) -> ImageModel:
     """The frozen text-to-image model; with tuned spatial weights where `train_spatial` left some."""
     if not config.backbone:
         return lesson02.load(run, "text")
@@ -139,6 +139,14 @@ def open_backbone(run: Run, config: Config) -> nn.Module | StableDiffusion:
         text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions")
     return StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
                            config.ema)
+
+
+def planned(config) -> ImageModel:
+    """The backbone without weights, on the meta device: for --dry-run here and in lessons 10 and 11."""
+    if not config.backbone:
+        return lesson02.planned(config, condition="text")
+    with torch.device("meta"):
+        return StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta")
 
 
 def train_spatial(run: Run, config: Config, source, image) -> None:
@@ -488,9 +496,8 @@ def show(config: Config) -> None:
 
 def show_plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step needs."""
+    image = planned(config)
     with torch.device("meta"):
-        image = (StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta") if config.backbone else
-                 lesson02.planned(config, condition="text"))
         unet, model = key_frame_model(config, image), Interpolator(config, image)
     b, t, d = config.batch, config.frames, token_width(image)
     dry_run(config, {"unet": unet, "interpolation": model, "autoencoder": image.autoencoder},

@@ -39,7 +39,7 @@ from common.image_model import conditions
 from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, FrameReader, to_reader_size, train_reader
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import CaptionTokens, StableDiffusion, frame_size
+from common.pretrained import CaptionTokens
 from common.scenes import Scene, scene_behind, van_scene
 from common.training import (
     EMA,
@@ -328,9 +328,8 @@ def report_identity(run: Run, config: Config, image, found: dict, real: Clips, o
 
 def show_plan(config: Config) -> None:
     """--dry-run: parameters and shapes."""
+    image = lesson09.planned(config)
     with torch.device("meta"):
-        image = (StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta") if config.backbone else
-                 lesson02.planned(config, condition="text"))
         plan = preset_config(lesson09.Config, lesson09.PRESETS, config.preset)
         models = {"unet": image.unet(), "video unet": lesson09.key_frame_model(plan, image)}
     models["video unet"].requires_grad_(False)  # nothing of it is trained here

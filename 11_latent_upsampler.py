@@ -35,7 +35,7 @@ from common.diffusion import guide
 from common.image_model import ImageModel, conditions
 from common.measures import flicker, psnr, seam
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import StableDiffusion, frame_size
+from common.pretrained import StableDiffusion
 from common.training import (
     EMA,
     BaseConfig,
@@ -331,11 +331,10 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, unet: UNet) ->
 
 def show_plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step needs."""
+    image = lesson09.planned(config)
+    if config.backbone:
+        check_backbone(config, image)
     with torch.device("meta"):
-        image = (StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta") if config.backbone else
-                 lesson02.planned(config, condition="text"))
-        if config.backbone:
-            check_backbone(config, image)
         unet, table_6 = network(config, image), network(config, image, 768)
     train_part(unet, config.frames)
     b, t, p, c = config.batch, config.frames, config.patch, image.shape[0]

@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` (a long video from the weights in checkpoints/, no training) and `make test`.
-# `make course` trains every lesson from nothing, or goes on where it was interrupted.
+# `make course` trains lessons 1 to 8 from nothing, or goes on where it was interrupted; `make text` adds 9 to 11.
 # TORCH_CONSTRAINTS: a pip constraints file; the tested torch by default, since an unpinned install can pull several GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +10,10 @@ RUN = $(VENV)/bin/python
 FLAGS = --preset $(PRESET) --out $(OUT)
 LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 05_prediction 06_interpolation \
           07_upsampler
+TEXT = 09_text_to_video 10_personalization 11_latent_upsampler
+PROMPT ?= a red car ahead on a left curve at night in the town
 
-.PHONY: install demo course smoke test lint
+.PHONY: install demo course text smoke test lint
 
 install: $(VENV)/installed
 
@@ -30,15 +32,26 @@ $(OUT)/05_prediction/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
+$(OUT)/02_image_ldm-text/numbers.json: | $(OUT)/02_image_ldm/numbers.json
+	$(RUN) 02_image_ldm.py $(FLAGS) --condition text --parameterization eps --resume
+
+$(OUT)/09_text_to_video/numbers.json: | $(OUT)/02_image_ldm-text/numbers.json
+$(OUT)/10_personalization/numbers.json: | $(OUT)/09_text_to_video/numbers.json
+$(OUT)/11_latent_upsampler/numbers.json: | $(OUT)/02_image_ldm-text/numbers.json
+
 demo: $(VENV)/installed
 	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --seed 6 --night 0 --cars 1 --overwrite
 
 course: $(LESSONS:%=$(OUT)/%/numbers.json)
 	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
 
+text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
+	$(RUN) 09_text_to_video.py $(FLAGS) --prompt "$(PROMPT)" --overwrite
+
 smoke: $(VENV)/installed
 	rm -rf runs/smoke-driving
-	for lesson in $(LESSONS) 08_sample_long; do $(RUN) $$lesson.py --preset smoke || exit 1; done
+	for lesson in $(LESSONS) 08_sample_long "02_image_ldm --condition text --parameterization eps" $(TEXT); do \
+	  set -- $$lesson; script=$$1; shift; $(RUN) $$script.py --preset smoke $$@ || exit 1; done
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q

@@ -2,6 +2,7 @@
 
 python docs/collect.py runs/cpu-driving driving
 python docs/collect.py runs/cpu-dashcam real
+python docs/collect.py runs/cpu-driving text     what `make text` adds: lessons 9 to 11 and their backbone
 python docs/collect.py runs/demo demo            only pictures, of what `make demo` wrote
 python docs/collect.py runs/cpu-driving expected  writes the known-good values, docs/expected/NN.csv
 python docs/collect.py                           only rewrites the README from docs/numbers/*.json
@@ -21,24 +22,28 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- numbers: written by docs/collect.py -->\n", "<!-- end of numbers -->"
 LIMIT = 300_000  # bytes of a picture
-TITLES = {"driving": "On the procedural scenes", "real": "On real dashcam clips"}
+TITLES = {"driving": "On the procedural scenes", "text": "Text to video, personalization, latent upsampler",
+          "real": "On real dashcam clips"}
+TEXT = ("02_image_ldm-text", "09_text_to_video", "10_personalization", "11_latent_upsampler")
 
 
 def collect(out: Path, name: str) -> None:
-    numbers = {}
-    for path in sorted(out.glob("0*/numbers.json")):
+    numbers, folders = {}, [path.parent for path in sorted(out.glob("*/numbers.json"))]
+    folders = [f for f in folders if (f.name in TEXT if name == "text" else f.name[:2] < "09" and f.name not in TEXT)]
+    for path in (folder / "numbers.json" for folder in folders):
         environment = dict(line.partition(" ")[::2] for line in (path.parent / "env.txt").read_text().splitlines())
         command = environment["command"].replace(" --resume", "").replace(" --overwrite", "")
         numbers[path.parent.name] = {"command": command, "numbers": json.loads(path.read_text())}
     (DOCS / "numbers").mkdir(exist_ok=True)
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    for picture in sorted([*out.glob("0*/*.png"), *out.glob("0*/*.gif"), *out.glob("0*/*.webp")]):
-        if name == "driving":  # the demo's pictures stand for lesson 8
+    suffixes = (".png", ".gif", ".webp")
+    for picture in sorted(p for folder in folders for p in folder.iterdir() if p.suffix in suffixes):
+        if name in ("driving", "text"):  # the demo's pictures stand for lesson 8
             shown = picture.parent.name not in DEMO
         else:
             shown = picture.name in GENERATED
         if shown and picture.name in SHOWN.get(picture.parent.name, ()):
-            suffix = "" if name == "driving" else f"_{name}"
+            suffix = "_real" if name == "real" else ""
             copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
 
 
@@ -75,6 +80,9 @@ SHOWN = {
     "06_interpolation": ("middle_frames.png", "two_passes.gif"),
     "07_upsampler": ("upsampled.png",),
     "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
+    "09_text_to_video": ("captions.png", "captions.gif", "app_d.png", "app_d_2_times_as_wide.png"),
+    "10_personalization": ("instances.png", "videos.png", "personalised.gif"),
+    "11_latent_upsampler": ("upsampled.png",),
 }
 DEMO = {"08_sample_long": {"long.webp": "08_small.webp", "long-large.webp": "08_long.webp",
                            "contact_sheet.png": "08_contact_sheet.png", "drift.png": "08_drift.png"}}
@@ -93,7 +101,7 @@ def write_expected(out: Path) -> None:
     sys.path.insert(0, str(DOCS.parent))
     from common.training import RUNTIME_FIELDS, mean_before, preset_config
 
-    for folder in sorted(out.glob("0?_*")):
+    for folder in sorted(out.glob("??_*")):
         if "-" in folder.name or not (folder / "numbers.json").exists():
             continue
         config, lesson = json.loads((folder / "config.json").read_text()), import_module(folder.name)
