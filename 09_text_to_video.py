@@ -84,6 +84,7 @@ class Config(BaseConfig):
     inspect: str = ""  # a checkpoint: print its parts and what becomes of every name, and stop
     backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
     size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
     parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
@@ -128,15 +129,15 @@ PRESETS: dict[str, dict] = {
 # %% The backbone: lesson 2's text-to-image model, or Stable Diffusion from a file
 
 
-def open_backbone(run: Run, config: Config) -> ImageModel:
-    """The frozen text-to-image model; with tuned spatial weights where `train_spatial` left some."""
+def open_backbone(run: Run, config, keep_captions: bool = True) -> ImageModel:
+    """The frozen text-to-image model of this lesson's configuration, or of lesson 10's or 11's."""
     if not config.backbone:
         return lesson02.load(run, "text")
     text = None
     if config.backbone not in SHAPES:
         if not config.text_encoder:
             raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
-        text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions")
+        text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions" if keep_captions else None)
     return StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
                            config.ema)
 
@@ -477,7 +478,7 @@ def show(config: Config) -> None:
     """--prompt: the video, small, and its beginning large."""
     name = "-".join(re.findall(r"[a-z0-9]+", config.prompt.lower()))[:60]
     run = Run(NAME, config, name or "prompt")
-    image = open_backbone(run, config)
+    image = open_backbone(run, config, config.keep_captions)
     length, fps = 16 * (config.key_frames - 1) + 1, config.final_fps
     frames, beginning = lesson08.tee_first(frames_of(run, config, image), round(config.upsampled_seconds * fps))
     lesson08.write(run, "long", frames, length, fps)
@@ -523,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.prompt:
         return show(config)
     run = Run(NAME, config)
-    image = open_backbone(run, config)
+    image = open_backbone(run, config, config.keep_captions)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     if config.spatial_steps:
         train_spatial(run, config, source, image)

@@ -76,6 +76,7 @@ LATENT_SCALE = 0.08333  # of the public x4 upscaler's autoencoder; a file does n
 class Config(BaseConfig):
     backbone: str = ""  # the x4 upscaler, file or folder; x4: its shape, to count; empty: one is trained here
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
     size: tuple[int, ...] = (320, 512)  # small frames' height and width with --backbone
     checkpointing: bool = False  # recompute activations in the backward pass, for less memory
@@ -132,7 +133,7 @@ PRESETS: dict[str, dict] = {
 
 
 def open_image(run: Run, config: Config) -> ImageModel:
-    image = lesson09.open_backbone(run, config)
+    image = lesson09.open_backbone(run, config, config.keep_captions)
     if config.backbone:
         check_backbone(config, image)
         image.autoencoder.scale.fill_(LATENT_SCALE)

@@ -67,7 +67,7 @@ class BaseConfig:
 
 # what may differ between two runs into the same folder
 RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
-                  "sample_boxes"}
+                  "sample_boxes", "checkpointing", "keep_captions"}
 
 
 def field_help(config_class: type) -> dict[str, str]:
