@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(config.context_shares) != 3 or min(config.context_shares) < 0 or sum(config.context_shares) <= 0:
         raise UserError("--context-shares wants three numbers, not negative: the shares of S = 0, 1 and 2")
     if config.dry_run:
-        image = lesson02.planned(config, config.pixel)
+        image = lesson02.planned(config, "pixel" if config.pixel else "")
         with torch.device("meta"):
             unet = build(config, image)
         return dry_run(

@@ -7,8 +7,8 @@ and mask are concatenated to the U-Net's input (4 + 4 + 1 channels), all of its 
 are noised a little in training (to a random level up to 250) and not when sampling, and the target rate stands with
 that level in the temporal cross-attention, two tokens. It begins as the trained key-frame model.
 
-  python 02_image_ldm.py --condition text --parameterization eps     first: the toy backbone, 8 minutes
-  python 09_text_to_video.py                                         trains both models, 10 minutes on 2 cores
+  python 02_image_ldm.py --condition text     first: the toy backbone, 8 minutes
+  python 09_text_to_video.py                  trains both models, 10 minutes on 2 cores
   python 09_text_to_video.py --prompt "a red car ahead on a left curve at night in the town"
   python 09_text_to_video.py --prompt "..." --key-frames 16 --reach 8 --wider 2     App. D: longer and wider
   python 09_text_to_video.py --inspect v1-5.safetensors              what is in a checkpoint, name by name
@@ -145,7 +145,7 @@ def open_backbone(run: Run, config, keep_captions: bool = True) -> ImageModel:
 def planned(config) -> ImageModel:
     """The backbone without weights, on the meta device: for --dry-run here and in lessons 10 and 11."""
     if not config.backbone:
-        return lesson02.planned(config, condition="text")
+        return lesson02.planned(config, "text")
     with torch.device("meta"):
         return StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta")
 

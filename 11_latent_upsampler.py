@@ -8,9 +8,9 @@ level 30. Positions of frames are told. The plan is that of the public x4 upscal
 text twice and never at the whole picture, too large there. With --backbone that model is the image upsampler, and only
 temporal layers are trained. The decoder stays an image decoder, as in the paper.
 
-  python 02_image_ldm.py --condition text --parameterization eps     first: its autoencoder and its text tokens
-  python 11_latent_upsampler.py                                      7 minutes on 2 cores (estimated, not measured)
-  python 11_latent_upsampler.py --preset paper --dry-run             parameters of Table 6, memory, FLOPs
+  python 02_image_ldm.py --condition text            first: its autoencoder and its text tokens
+  python 11_latent_upsampler.py                      7 minutes on 2 cores (estimated, not measured)
+  python 11_latent_upsampler.py --preset paper --dry-run     parameters of Table 6, memory, FLOPs
   python 11_latent_upsampler.py --backbone x4.safetensors --text-encoder FOLDER --data FOLDER --preset paper
 
 Expect at the cpu preset (goal, not measured yet): flicker of the video upsampler at least 20 % below the image

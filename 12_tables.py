@@ -146,13 +146,13 @@ ABLATIONS: dict[str, dict] = {"": {}, "attention": {"temporal": "attention"}, "e
 
 def lesson_config(config: Config, lesson, **options):
     """The configuration of a lesson for these tables."""
-    pixel = lesson is lesson02 and options.get("pixel", False)
+    variant = ("pixel" if options.get("pixel") else options.get("condition", "")) if lesson is lesson02 else ""
     recipe = TABLES_RECIPE.get(lesson.NAME, {}) if config.preset == "tables" else {}
     if lesson is lesson02:
         recipe = recipe | dict(height=config.height, width=config.width)
-    if pixel:  # it has a network of its own, matched in compute
+    if variant == "pixel":  # it has a network of its own, matched in compute
         recipe = {k: v for k, v in recipe.items() if k not in ("channels", "multipliers", "attention")}
-    presets = lesson02.presets(pixel) if lesson is lesson02 else lesson.PRESETS
+    presets = lesson02.presets(variant) if lesson is lesson02 else lesson.PRESETS
     machine = dict(threads=config.threads, device=config.device, precision=config.precision)
     return preset_config(lesson.Config, presets, BASES[config.preset], **recipe | machine | options)
 
@@ -234,8 +234,7 @@ class World:
         """The image LDM: "", "boxes", "text" or "pixel" (whose steps match the compute of the latent U-Net's)."""
 
         def make():
-            options = {"": {}, "boxes": {"condition": "boxes"}, "pixel": {"pixel": True},
-                       "text": {"condition": "text", "parameterization": "eps"}}[variant]
+            options = {"": {}, "pixel": {"pixel": True}}.get(variant, {"condition": variant})
             if variant:
                 self.image()  # the autoencoder of all of them
             run, config = self.lesson(lesson02, variant, **options)

@@ -33,7 +33,7 @@ $(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
 $(OUT)/02_image_ldm-text/numbers.json: | $(OUT)/02_image_ldm/numbers.json
-	$(RUN) 02_image_ldm.py $(FLAGS) --condition text --parameterization eps --resume
+	$(RUN) 02_image_ldm.py $(FLAGS) --condition text --resume
 
 $(OUT)/09_text_to_video/numbers.json: | $(OUT)/02_image_ldm-text/numbers.json
 $(OUT)/10_personalization/numbers.json: | $(OUT)/09_text_to_video/numbers.json
@@ -50,7 +50,7 @@ text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
 
 smoke: $(VENV)/installed
 	rm -rf runs/smoke-driving
-	for lesson in $(LESSONS) 08_sample_long "02_image_ldm --condition text --parameterization eps" $(TEXT); do \
+	for lesson in $(LESSONS) 08_sample_long "02_image_ldm --condition text" $(TEXT); do \
 	  set -- $$lesson; script=$$1; shift; $(RUN) $$script.py --preset smoke $$@ || exit 1; done
 
 test: $(VENV)/installed

@@ -27,7 +27,7 @@ X4 = dict(in_channels=7, out_channels=4, channels=16, multipliers=(1, 2), depth=
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lessons 2 (with text as well) and 11 at the smoke preset."""
     out = tmp_path_factory.mktemp("latent")
-    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text", "--parameterization", "eps"]),
+    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text"]),
                           (lesson11, [])):  # fmt: skip
         lesson.main([*FLAGS, "--out", str(out), *flags])
     return out

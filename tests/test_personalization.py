@@ -26,7 +26,7 @@ READS = ("02_image_ldm", "02_image_ldm-text", "09_text_to_video")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lessons 2 (with text as well), 9 and 10 at the smoke preset."""
     out = tmp_path_factory.mktemp("personal")
-    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text", "--parameterization", "eps"]),
+    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text"]),
                           (lesson09, []), (lesson10, [])):  # fmt: skip
         lesson.main(["--preset", "smoke", "--out", str(out), *flags])
     return out

@@ -23,7 +23,7 @@ CONFIG = preset_config(lesson09.Config, lesson09.PRESETS, "smoke")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lessons 2 (with text as well), 4 and 9 at the smoke preset."""
     out = tmp_path_factory.mktemp("text")
-    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text", "--parameterization", "eps"]),
+    for lesson, flags in ((lesson02, []), (lesson02, ["--condition", "text"]),
                           (lesson04, []), (lesson09, [])):  # fmt: skip
         lesson.main(["--preset", "smoke", "--out", str(out), *flags])
     return out
