@@ -20,7 +20,7 @@ TRAINED = [name for name in SCRIPTS if name != "08_sample_long"]
 
 def start(name: str, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, f"{name}.py", "--threads", "2", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+                          capture_output=True, timeout=900)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
