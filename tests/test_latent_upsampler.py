@@ -13,6 +13,7 @@ from common.measures import seam
 from common.training import Run, UserError, is_temporal, preset_config
 from common.unet import UNet
 from tests.test_network import randomise
+from tests.test_scripts import assert_known_good
 
 lesson02, lesson09, lesson11 = (
     import_module(name) for name in ("02_image_ldm", "09_text_to_video", "11_latent_upsampler")
@@ -120,6 +121,10 @@ def test_the_seam_is_the_step_into_the_frame() -> None:
 
 
 # %% The script
+
+
+def test_smoke_is_known_good(course: Path, capsys: pytest.CaptureFixture) -> None:
+    assert_known_good("11_latent_upsampler", course, capsys)
 
 
 def test_smoke_writes_what_it_says(course: Path) -> None:

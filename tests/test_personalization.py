@@ -15,6 +15,7 @@ from common.image_model import Conditioner
 from common.pretrained import CaptionTokens, TextEncoder
 from common.scenes import Scene, scene_behind, van_scene
 from common.training import Run, UserError, is_temporal, preset_config
+from tests.test_scripts import assert_known_good
 
 lesson02, lesson09, lesson10 = (
     import_module(name) for name in ("02_image_ldm", "09_text_to_video", "10_personalization")
@@ -70,6 +71,10 @@ def copied(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_smoke_is_known_good(course: Path, capsys: pytest.CaptureFixture) -> None:
+    assert_known_good("10_personalization", course, capsys)
 
 
 def test_smoke_writes_what_it_says(course: Path) -> None:

@@ -35,12 +35,24 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_known_good_values_notice_a_broken_run(course: Path, capsys: pytest.CaptureFixture) -> None:
-    lesson = import_module("03_temporal_layers")
-    run = object.__new__(Run)  # the finished run, with a number that went wrong
-    run.name, run.folder = "03_temporal_layers", course / "03_temporal_layers"
+def finished(name: str, out: Path) -> Run:
+    """A lesson's run at the smoke preset, as it is when the lesson ends."""
+    lesson, run = import_module(name), object.__new__(Run)
+    run.name, run.folder = name, out / name
     run.config = preset_config(lesson.Config, lesson.PRESETS, "smoke")
     run.numbers = json.loads((run.folder / "numbers.json").read_text())
+    return run
+
+
+def assert_known_good(name: str, out: Path, capsys: pytest.CaptureFixture) -> None:
+    """The numbers of a smoke run lie inside those of docs/expected."""
+    known_good(finished(name, out), import_module(name).PRESETS)
+    said = capsys.readouterr().out
+    assert "known-good: " in said and "outside" not in said, said
+
+
+def test_known_good_values_notice_a_broken_run(course: Path, capsys: pytest.CaptureFixture) -> None:
+    lesson, run = import_module("03_temporal_layers"), finished("03_temporal_layers", course)  # with a wrong number
     known_good(run, lesson.PRESETS)
     assert "outside" not in capsys.readouterr().out
     run.numbers["alpha, largest"]["value"] = 0.9

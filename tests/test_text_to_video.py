@@ -12,6 +12,7 @@ from common.image_model import ImageModel, conditions
 from common.metrics import said
 from common.training import UserError, is_temporal, preset_config
 from tests.test_network import randomise
+from tests.test_scripts import assert_known_good
 
 lesson02, lesson04, lesson06, lesson09 = (
     import_module(name) for name in ("02_image_ldm", "04_decoder_finetune", "06_interpolation", "09_text_to_video")
@@ -166,6 +167,10 @@ def test_smoke_writes_what_it_says(course: Path) -> None:
     assert all(is_temporal(name) for name in key_frames["model"])
     whole = torch.load(folder / "interpolation.pt", weights_only=True)["model"]
     assert any(not is_temporal(name) for name in whole)
+
+
+def test_smoke_is_known_good(course: Path, capsys: pytest.CaptureFixture) -> None:
+    assert_known_good("09_text_to_video", course, capsys)
 
 
 def test_a_prompt_becomes_a_video(course: Path) -> None:
