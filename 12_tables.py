@@ -3,7 +3,7 @@
 Trains what each table compares, at matched steps and trained parameters, for every seed; samples; measures; writes.
 Rows that are already in the results file are skipped, so an interrupted run goes on where it stopped.
 
-  python 12_tables.py                                     all tables, three seeds: 4 hours on 2 cores, and more for lesson 9
+  python 12_tables.py                                     all tables, three seeds: 4 hours, and lesson 9's two tables
   python 12_tables.py --table ablations --seeds 0         one table, one seed
   python 12_tables.py --threads 1 --seeds 0 & python 12_tables.py --threads 1 --seeds 1     side by side
   python 12_tables.py --render                            only writes tables.md, the figures and the README's section
