@@ -1,0 +1,504 @@
+"""How fast, beside what, and how much of the machine: ratios measured in one run.
+
+  python benchmarks/run.py                          everything there is something to compare with here
+  python benchmarks/run.py --what unet sampling --widths 128 --against diffusers
+  python benchmarks/run.py --what long              peak memory and time of 30 and of 300 seconds
+
+unet: the same video U-Net with the same weights here and in diffusers (UNetSpatioTemporalConditionModel), forward,
+temporal training step (spatial layers frozen) and full training step; and, doing the same job with as many parameters,
+lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guidance. training: the training steps of
+the lessons at the cpu preset, data included. decoder: frames decoded and a step of lesson 4. long: lesson 8.
+
+Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
+trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
+what a matrix product of 2048 x 2048 reaches in bfloat16 in the same run. Nothing here is asserted: machines differ.
+
+Writes results/benchmarks.json (every repetition), benchmarks.md, or with a GPU benchmarks_NAME.json and .md.
+Needs: pip install "videoldm[bench]" for the networks of others; what is not installed is left out, and said so.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the lessons are scripts beside this folder
+
+from common.blocks import TemporalOptions  # noqa: E402
+from common.diffusion import Diffusion, guide  # noqa: E402
+from common.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
+from common.training import (  # noqa: E402
+    CHECKPOINTS,
+    Run,
+    UserError,
+    adamw,
+    channels_last,
+    cli,
+    is_temporal,
+    keep_freed_memory,
+    pick_device,
+    preset_config,
+    write_text,
+)
+from common.unet import UNet  # noqa: E402
+
+WHAT = ("unet", "sampling", "training", "decoder", "long")
+AGAINST = ("diffusers", "lucidrains")
+CLIPS, FRAMES, HEIGHT, WIDTH, TEXT = 2, 8, 16, 32, 64  # latents 4 x 16 x 32; tokens are 64 wide
+SAMPLING_STEPS, SCALE = 8, 2.0
+FORMATS = {"float32": (False, False), "bfloat16": (True, False), "bfloat16, channels-last": (True, True)}
+
+
+# %% Clocks
+
+
+class Clock:
+    """Times on one device, and the rate of its matrix products, the measure of everything else."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.peak = {str(dtype).removeprefix("torch."): self.matrix_rate(dtype)
+                     for dtype in (torch.float32, torch.bfloat16)}
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def matrix_rate(self, dtype: torch.dtype, n: int = 2048) -> float:
+        """FLOP/s of the fastest of ten products of n x n matrices."""
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        a @ b
+        return 2 * n**3 / min(self.seconds(lambda: a @ b) for _ in range(10))
+
+    def in_turn(self, ours: Callable[[], object], theirs: Callable[[], object]) -> dict:
+        """Both measured in turn, after one unmeasured call of each."""
+        ours(), theirs()
+        pairs = [(self.seconds(ours), self.seconds(theirs)) for _ in range(self.repeats)]
+        ratios = [b / a for a, b in pairs]
+        return {"ours": [a for a, _ in pairs], "theirs": [b for _, b in pairs], "ratio": statistics.median(ratios),
+                "ratio, lowest": min(ratios), "ratio, highest": max(ratios)}
+
+    def share(self, flops: int, seconds: list[float]) -> float:
+        return flops / statistics.median(seconds) / self.peak["bfloat16"]
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+# %% One network and what can be done with it
+
+
+class Contestant:
+    """A network under one call signature, f(x, tau, text) with x (b t) c h w, and its jobs at one setting."""
+
+    def __init__(self, net: nn.Module, call: Callable, temporal: Callable[[str], bool]) -> None:
+        self.net, self.call, self.temporal = net, call, temporal
+        self.bfloat16 = self.channels_last = False
+        device = next(net.parameters()).device
+        draw = torch.Generator().manual_seed(0)
+        self.x = torch.randn(CLIPS * FRAMES, 4, HEIGHT, WIDTH, generator=draw).to(device)
+        self.tau = torch.tensor([7, 801], device=device)
+        self.text = torch.randn(CLIPS, 1, TEXT, generator=draw).to(device)
+
+    def use(self, bfloat16: bool, to_channels_last: bool) -> None:
+        self.bfloat16, self.channels_last = bfloat16, to_channels_last
+        if to_channels_last:
+            channels_last(self.net)
+        else:
+            for module in self.net.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=torch.contiguous_format)
+
+    def output(self, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.call(self.net, x, tau, text)
+
+    @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        return self.output(self.x, self.tau, self.text)
+
+    def step(self, only_temporal: bool) -> Callable[[], None]:
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(self.temporal(name) or not only_temporal)
+        optimizer = adamw(self.net, 1e-5)
+
+        def train() -> None:
+            self.output(self.x, self.tau, self.text).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return train
+
+    def sample(self) -> torch.Tensor:
+        """DDIM with guidance, both halves of it in one batch: t c h w of every clip."""
+        diffusion = Diffusion("sqrt_linear", 0.0015, 0.0195, "v", self.x.device)
+        text = torch.cat([torch.zeros_like(self.text), self.text])
+
+        def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+            untold, told = self.output(torch.cat([x, x]), tau[:: FRAMES].repeat(2), text).chunk(2)
+            return guide(untold, told, SCALE)
+
+        return diffusion.ddim(predict, self.x, SAMPLING_STEPS, 0.0, torch.Generator())
+
+    def best(self, clock: Clock, job: Callable[[], object]) -> str:
+        """Sets the fastest setting for a job and returns its name."""
+        found = {}
+        for name, setting in FORMATS.items():
+            self.use(*setting)
+            job()
+            found[name] = min(clock.seconds(job) for _ in range(2))
+        name = min(found, key=found.get)
+        self.use(*FORMATS[name])
+        return name
+
+
+def same_network(width: int, device: torch.device) -> tuple[Contestant, Contestant]:
+    """Our U-Net and diffusers' of Stable Video Diffusion with the same random weights.
+
+    Two things are set in theirs, as the released code has them: the norms' eps, and the vector added to the diffusion
+    time, which is made zero (we have none here). One thing in ours: 32 groups in every norm at any width.
+    """
+    import diffusers
+
+    theirs = diffusers.UNetSpatioTemporalConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(width, 2 * width, 2 * width), layers_per_block=2,
+        cross_attention_dim=TEXT, num_attention_heads=tuple(w // 64 for w in (width, 2 * width, 2 * width)),
+        addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2)  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.1
+            p.copy_(scale * torch.randn(p.shape, generator=draw) + (p.dim() == 1 and "norm" in name))
+        for p in theirs.add_embedding.linear_2.parameters():
+            p.zero_()
+    for name, module in theirs.named_modules():
+        if isinstance(module, nn.GroupNorm) and "resnets" in name:
+            module.eps = 1e-5
+    weights = from_diffusers_unet(theirs.state_dict())
+    weights = {name: value for name, value in weights.items() if not name.startswith("label_emb")}
+    ours = UNet(**architecture(weights, "diffusers", head_channels=64))
+    load_weights(ours, weights, "diffusers")
+    for module in ours.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = 32
+    ids = torch.zeros(1, 3, device=device)
+
+    def call_theirs(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return net(x.unflatten(0, (-1, FRAMES)), tau, text, ids.expand(len(tau), -1)).sample.flatten(0, 1)
+
+    def of_time(name: str) -> bool:
+        return "temporal" in name or "time_pos" in name or "time_mixer" in name
+
+    return (Contestant(ours.to(device), call_ours, is_temporal), Contestant(theirs.to(device), call_theirs, of_time))
+
+
+def call_ours(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return net(x, tau, text, frames=FRAMES, time_context=text)
+
+
+def nearest_size(build: Callable[[int], nn.Module], goal: int, widths: range) -> nn.Module:
+    """The network of a family whose parameters come nearest to `goal`."""
+
+    def parameters(width: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(width).parameters())
+
+    return build(min(widths, key=lambda width: abs(parameters(width) - goal)))
+
+
+def same_job(who: str, goal: int, device: torch.device) -> Contestant:
+    """Another video U-Net of about `goal` parameters."""
+    torch.manual_seed(0)
+    if who == "diffusers":
+        import diffusers
+
+        def build(width: int) -> nn.Module:
+            return diffusers.UNet3DConditionModel(
+                block_out_channels=(width, 2 * width, 2 * width), layers_per_block=2, cross_attention_dim=TEXT,
+                down_block_types=("CrossAttnDownBlock3D",) * 2 + ("DownBlock3D",),
+                up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 2, attention_head_dim=32)  # fmt: skip
+
+        def call(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            clips = x.unflatten(0, (-1, FRAMES)).transpose(1, 2)  # b c t h w
+            return net(clips, tau, text).sample.transpose(1, 2).flatten(0, 1)
+
+        widths = range(32, 1024, 32)
+    else:
+        from video_diffusion_pytorch import Unet3D
+
+        def build(width: int) -> nn.Module:
+            return Unet3D(dim=width, cond_dim=TEXT, channels=4, dim_mults=(1, 2, 2))
+
+        def call(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            clips = x.unflatten(0, (-1, FRAMES)).transpose(1, 2)
+            return net(clips, tau, cond=text[:, 0]).transpose(1, 2).flatten(0, 1)
+
+        widths = range(16, 1024, 16)
+    return Contestant(nearest_size(build, goal, widths).to(device), call, is_temporal)
+
+
+# %% What is measured
+
+
+def missing(who: str) -> str:
+    """Why a network of others cannot be measured here; "" if it can."""
+    package = {"diffusers": "diffusers", "lucidrains": "video_diffusion_pytorch"}[who]
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return f'{who}: not installed; pip install "videoldm[bench]"'
+    return ""
+
+
+def compare(clock: Clock, name: str, jobs: tuple[Callable, Callable], pair: tuple[Contestant, Contestant],
+            flops: bool = True) -> dict:
+    """One row: `jobs` of ours and theirs, each at its best setting."""
+    settings = [one.best(clock, job) for one, job in zip(pair, jobs, strict=True)]
+    row = {"row": name, "setting, ours": settings[0], "setting, theirs": settings[1]} | clock.in_turn(*jobs)
+    if flops:
+        for who, job in zip(("ours", "theirs"), jobs, strict=True):
+            row[f"FLOPs, {who}"] = flops_of(job)
+            row[f"share, {who}"] = clock.share(row[f"FLOPs, {who}"], row[who])
+    print(f"{name}: {row['ratio']:.2f} times ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f}), "
+          f"{100 * row.get('share, ours', 0):.0f} % of the matrix rate; ours {settings[0]}, theirs {settings[1]}")
+    return row
+
+
+def unet_rows(clock: Clock, against: list[str], widths: list[int], sampling: bool) -> list[dict]:
+    rows = []
+    for width in widths:
+        if "diffusers" not in against:
+            break
+        ours, theirs = pair = same_network(width, clock.device)
+        a, b = ours.forward(), theirs.forward()
+        equal = float((a - b).norm() / b.norm())
+        total = sum(p.numel() for p in ours.net.parameters())
+        facts = {"against": "diffusers, same weights", "width": width, "parameters": total, "difference": equal}
+        print(f"width {width}: {total / 1e6:.1f} M parameters, outputs differ by {equal:.1e}")
+        if sampling:
+            jobs = {"sampling": (ours.sample, theirs.sample)}
+        else:
+            jobs = {"forward": (ours.forward, theirs.forward),
+                    "temporal training step": (ours.step(True), theirs.step(True))}
+        for name, job in jobs.items():
+            rows.append(facts | compare(clock, f"{name}, width {width}", job, pair))
+        if not sampling:  # made after the others were measured: it unfreezes the spatial layers
+            job = ours.step(False), theirs.step(False)
+            rows.append(facts | compare(clock, f"full training step, width {width}", job, pair))
+    if sampling:
+        return rows
+    for who in against:
+        width = min(widths, key=lambda w: abs(w - 128))
+        ours = Contestant(ours_of_width(width).to(clock.device), call_ours, is_temporal)
+        total = sum(p.numel() for p in ours.net.parameters())
+        theirs = same_job(who, total, clock.device)
+        size = sum(p.numel() for p in theirs.net.parameters())
+        facts = {"against": f"{who}, same job", "width": width, "parameters": total, "parameters, theirs": size}
+        print(f"{who}: {size / 1e6:.1f} M parameters against our {total / 1e6:.1f} M")
+        pair = ours, theirs
+        for name, job in {"forward": (ours.forward, theirs.forward),
+                          "full training step": (ours.step(False), theirs.step(False))}.items():
+            rows.append(facts | compare(clock, f"{name}, {who}'s network", job, pair))
+    return rows
+
+
+def ours_of_width(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return UNet(4, 4, width, (1, 2, 2), 2, (1, 2), head_channels=64, context_dim=TEXT,
+                temporal=TemporalOptions(context_dim=TEXT))
+
+
+def training_rows(clock: Clock) -> list[dict]:
+    """Steps of the lessons as they are, data and logging included, on the weights in checkpoints/."""
+    from common.data import open_data
+
+    lesson02, rows = importlib.import_module("02_image_ldm"), []
+    with tempfile.TemporaryDirectory() as out:
+        link_weights(Path(out), "02_image_ldm", "03_temporal_layers")
+        for name in ("02_image_ldm", "03_temporal_layers", "05_prediction", "06_interpolation"):
+            lesson = importlib.import_module(name)
+            config = preset_config(lesson.Config, getattr(lesson, "PRESETS", {}), "cpu", out=out)
+            run = Run(name, config, "timed")
+            image = lesson02.load(Run("02_image_ldm", preset_config(lesson02.Config, lesson02.PRESETS, "cpu", out=out,
+                                                                   resume=True)))
+            source = open_data("driving", image.config.height, image.config.width, 30.0)
+            train = lesson02.train_unet if name == "02_image_ldm" else lesson.train
+
+            def steps(n: int, train=train, run=run, config=config, source=source, image=image) -> None:
+                config.steps = n
+                train(run, config, source, image)
+
+            steps(1)
+            flops = flops_of(lambda steps=steps: steps(1))
+            each = []
+            for _ in range(max(2, clock.repeats // 2)):  # what begins and ends a run is subtracted
+                short, long = clock.seconds(lambda s=steps: s(1)), clock.seconds(lambda s=steps: s(9))
+                each.append((long - short) / 8)
+            row = {"row": f"{name}, training step", "ours": each, "FLOPs, ours": flops,
+                   "share, ours": clock.share(flops, each)}
+            rows.append(row)
+            print(f"{row['row']}: {statistics.median(each):.3f} s, {100 * row['share, ours']:.0f} % of the matrix rate")
+    return rows
+
+
+def link_weights(out: Path, *lessons: str) -> None:
+    for lesson in lessons:
+        (out / lesson).symlink_to(CHECKPOINTS / lesson)
+
+
+def decoder_rows(clock: Clock) -> list[dict]:
+    lesson02, lesson04 = (importlib.import_module(name) for name in ("02_image_ldm", "04_decoder_finetune"))
+    run = Run("04_decoder_finetune", preset_config(lesson04.Config, lesson04.PRESETS, "cpu", out=tempfile.mkdtemp()))
+    config = preset_config(lesson02.Config, lesson02.PRESETS, "cpu")
+    image = lesson02.ImageModel(config, clock.device)
+    frames = lesson04.Config().frames
+    video = lesson04.video_autoencoder(image, lesson04.Config().kernel).eval()
+    lesson04.set_frames(video, frames)
+    z, rows = torch.randn(frames, *image.shape, device=clock.device), []
+    decoders = {"image decoder": lambda: image.decode(z, frames), "video decoder": lambda: video.decode(z)}
+    for name, decode in decoders.items():
+
+        @torch.no_grad()
+        def work(decode: Callable = decode) -> None:
+            with run.autocast():
+                decode()
+
+        work()
+        each = [clock.seconds(work) / frames for _ in range(2 * clock.repeats)]
+        flops = flops_of(work) // frames
+        rows.append({"row": f"{name}, a frame", "ours": each, "FLOPs, ours": flops,
+                     "share, ours": clock.share(flops, each)})
+        print(f"{name}: {1 / statistics.median(each):.0f} frames of {config.height} x {config.width} a second")
+    return rows
+
+
+def long_rows(clock: Clock) -> list[dict]:
+    """Lesson 8 in processes of their own: does memory grow with the length of the video, does a second cost more?"""
+    rows = []
+    for seconds in (30, 300):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, str(ROOT / "08_sample_long.py"), "--seconds", str(seconds), "--no-upsampler",
+                       "--out", out]
+            measured = [sys.executable, "-c", MEASURED, *command]
+            found = json.loads(subprocess.run(measured, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        rows.append({"row": f"lesson 8, {seconds} s without upsampler", "ours": [found["seconds"]],
+                     "peak bytes": found["peak"]})
+        print(f"{rows[-1]['row']}: {found['seconds']:.0f} s, peak {found['peak'] / 2**20:.0f} MiB")
+    return rows
+
+
+MEASURED = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(json.dumps({"seconds": time.perf_counter() - start,
+                  "peak": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}))
+"""
+
+
+# %% Results
+
+
+def hardware(clock: Clock) -> dict:
+    name = torch.cuda.get_device_name() if clock.device.type == "cuda" else platform.processor() or platform.machine()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", flags)
+    kinds = [kind for kind in ("amx_bf16", "avx512_bf16") if kind in flags]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "video_diffusion_pytorch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"device": name, "cpu": model[1] if model else platform.machine(), "instructions": kinds,
+            "threads": torch.get_num_threads(), "versions": versions,
+            "matrix rate, GFLOP/s": {name: rate / 1e9 for name, rate in clock.peak.items()},
+            "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def table(results: dict) -> str:
+    machine, lines = results["hardware"], []
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine["matrix rate, GFLOP/s"].items())
+    kinds = ", ".join(machine["instructions"]) or "neither AMX nor AVX512-BF16"
+    lines += [f"{machine['cpu']} ({kinds}), {machine['threads']} threads, torch {machine['versions']['torch']}; "
+              f"matrix products in GFLOP/s: {rates}", "",
+              "| what | against | ours, s | theirs, s | ratio (lowest to highest) | share of the bfloat16 matrix rate, "
+              "ours, theirs |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in results["rows"]:
+        theirs = f"{statistics.median(row['theirs']):.3g}" if "theirs" in row else ""
+        ratio = f"{row['ratio']:.2f} ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f})" if theirs else ""
+        shares = ", ".join(f"{100 * row[key]:.0f} %" for key in ("share, ours", "share, theirs") if key in row)
+        if "peak bytes" in row:
+            shares = f"(peak {row['peak bytes'] / 2**20:.0f} MiB)"
+        ours = statistics.median(row["ours"])
+        lines.append(f"| {row['row']} | {row.get('against', '')} | {ours:.3g} | {theirs} | {ratio} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT, help="parts to measure; the others are kept")
+    parser.add_argument("--against", nargs="*", choices=AGAINST, default=AGAINST, help="whose networks")
+    parser.add_argument("--widths", nargs="*", type=int, default=[64, 128, 320], help="base widths of the U-Net")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--results", default=str(ROOT / "results"), help="folder to write to")
+    options = parser.parse_args(argv)
+    if options.repeats < 1 or min(options.widths, default=0) < 64 or any(w % 64 for w in options.widths):
+        raise UserError("--repeats must be positive, --widths multiples of 64")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()  # for both sides: the allocator is the process's
+    against, left_out = [], []
+    for who in options.against:
+        (left_out if missing(who) else against).append(missing(who) or who)
+    for line in left_out:
+        print(line)
+    clock = Clock(pick_device(options.device), options.repeats)
+    suffix = "_" + re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if clock.device.type == "cuda" else ""
+    path = Path(options.results) / f"benchmarks{suffix}.json"
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    for what in tqdm(options.what, desc="parts"):
+        if what in ("unet", "sampling"):
+            rows = unet_rows(clock, against, options.widths, what == "sampling")
+        else:
+            rows = {"training": training_rows, "decoder": decoder_rows, "long": long_rows}[what](clock)
+        parts[what] = {"hardware": hardware(clock), "rows": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"parts": parts}, indent=1) + "\n")
+        text = "\n".join(f"**{name}**: {table(part)}" for name, part in parts.items())
+        write_text(path.with_suffix(".md"), text)
+    print(f"results: {path}, {path.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

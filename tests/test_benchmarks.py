@@ -1,0 +1,62 @@
+"""The benchmarks compare what they say: equal networks, measured in turn. Times themselves are never tested."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.training import UserError
+
+spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "run.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+
+def test_both_networks_give_the_same() -> None:
+    pytest.importorskip("diffusers")
+    ours, theirs = bench.same_network(64, torch.device("cpu"))
+    a, b = ours.forward(), theirs.forward()
+    assert float((a - b).norm() / b.norm()) < 1e-5
+    ours.use(True, True)  # another setting rounds, and is the same network
+    c = ours.forward().float()
+    assert 0 < float((c - b).norm() / b.norm()) < 0.05
+
+
+def test_both_train_the_temporal_layers_alone() -> None:
+    pytest.importorskip("diffusers")
+    trained = []
+    for one in bench.same_network(64, torch.device("cpu")):
+        before = {name: p.clone() for name, p in one.net.named_parameters()}
+        one.step(True)()
+        changed = [name for name, p in one.net.named_parameters() if not torch.equal(p, before[name])]
+        assert changed and all(one.temporal(name) for name in changed)
+        trained.append(sum(p.numel() for p in one.net.parameters() if p.requires_grad))
+    assert trained[0] == trained[1]
+
+
+def test_ours_and_theirs_run_in_turn() -> None:
+    calls: list[str] = []
+    clock = bench.Clock(torch.device("cpu"), 3)
+    found = clock.in_turn(lambda: calls.append("ours"), lambda: calls.append("theirs"))
+    assert calls == ["ours", "theirs"] * 4
+    assert len(found["ours"]) == 3 and found["ratio, lowest"] <= found["ratio"] <= found["ratio, highest"]
+
+
+def test_the_nearest_size_is_chosen() -> None:
+    net = bench.nearest_size(lambda width: torch.nn.Linear(width, width, bias=False), 10_000, range(10, 300, 10))
+    assert net.in_features == 100
+
+
+def test_a_table_says_what_was_compared() -> None:
+    machine = {"cpu": "A", "instructions": [], "threads": 2, "versions": {"torch": "2"},
+               "matrix rate, GFLOP/s": {"float32": 1.0, "bfloat16": 2.0}}
+    row = {"row": "forward", "against": "B", "ours": [1.0, 2.0, 3.0], "theirs": [4.0, 4.0, 4.0], "ratio": 2.0,
+           "ratio, lowest": 1.5, "ratio, highest": 2.5, "share, ours": 0.25}
+    text = bench.table({"hardware": machine, "rows": [row]})
+    assert "| forward | B | 2 | 4 | 2.00 (1.50 to 2.50) | 25 % |" in text
+
+
+def test_a_width_without_whole_heads_is_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 64"):
+        bench.main(["--widths", "100"])
