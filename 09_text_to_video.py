@@ -239,8 +239,8 @@ def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, f
     wider, reach: larger latents than trained, and how far temporal attention looks in longer clips (App. D).
 
     The noise of every frame has mean zero in every channel, as it nearly has at real sizes. Stable Diffusion's betas
-    leave 6.8 % of the signal at the last step, where the model reads a frame's brightness; the mean of 16 x 32 random
-    numbers is as large (0.04 of a standard deviation, 0.02 at 40 x 64), and would tell every frame another one.
+    leave 6.8 % of the signal at the last step, where a model reads the brightness of a frame; the mean of 16 x 32
+    random numbers is of that size (0.044, against 0.02 of 40 x 64) and would tell every frame another brightness.
     """
     b, (c, h, w) = len(text[0]), image.shape
 
