@@ -8,12 +8,12 @@ encoder's tokens of the caption with the token, the temporal layers the original
 as they know neither. The subject here is a striped purple van, which no lesson before has seen.
 
   python 09_text_to_video.py          first, with the text backbone of lesson 2
-  python 10_personalization.py        (planned for 4 minutes on 2 cores)
+  python 10_personalization.py        (2.5 minutes on 2 cores without AMX)
   python 10_personalization.py --backbone v1-4.safetensors --text-encoder FOLDER --data FOLDER --preset paper \\
       --instances FOLDER --class-word frog --places "playing a guitar in a band" "in the snow"
 
 Expect at the cpu preset: the van in every frame of the personalised videos, in none of the untuned model asked for the
-same, and in 7 % of those of the tuned one asked without the token. The personalised videos are steadier than lesson 9's
+same, and in 9 % of those of the tuned one asked without the token. The personalised videos are steadier than lesson 9's
 (colour changes 0.73 times as much): ten pictures leave little to change.
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone, and OUT/09_text_to_video. Writes

@@ -45,6 +45,10 @@ def collect(out: Path, name: str) -> None:
         if shown and picture.name in SHOWN.get(picture.parent.name, ()):
             suffix = "_real" if name == "real" else ""
             copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
+    if name == "text":  # what `make text` makes of its prompt
+        for folder in out.glob("09_text_to_video-a-red-car*"):
+            for picture, target in PROMPT.items():
+                copy_small(folder / picture, DOCS / "figures" / target)
 
 
 def copy_small(picture: Path, target: Path) -> None:
@@ -86,6 +90,7 @@ SHOWN = {
 }
 DEMO = {"08_sample_long": {"long.webp": "08_small.webp", "long-large.webp": "08_long.webp",
                            "contact_sheet.png": "08_contact_sheet.png", "drift.png": "08_drift.png"}}
+PROMPT = {"long.webp": "09_prompt.webp", "long-large.webp": "09_prompt_large.webp"}
 # of real clips only what models made may be shown: these pictures hold no source frame
 GENERATED = (
     "samples.png",
