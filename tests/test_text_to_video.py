@@ -77,6 +77,19 @@ def test_longer_and_wider_clips_than_trained(image) -> None:
         assert z.shape == (2, frames, c, wider * h, wider * w) and torch.isfinite(z).all()
 
 
+def test_no_frame_is_told_a_brightness_by_its_noise(image) -> None:
+    seen = []
+
+    def unet(z_tau, tau, text, **_):
+        seen.append(z_tau)
+        return torch.zeros_like(z_tau)
+
+    text = lesson09.tokens(image.conditioner, conditions(2, caption="a red car"))
+    lesson09.sample_key_frames(unet, image, text, text, 4, CONFIG, FakeRun())
+    means, spread = seen[0].mean(dim=(2, 3)), seen[0].std()
+    assert means.abs().max() < 1e-5 and 0.8 < spread < 1.2
+
+
 class FakeRun:
     """Enough of a Run to sample with."""
 
