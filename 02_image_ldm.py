@@ -35,12 +35,14 @@ from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions
 from common.measures import box_mask, psnr
+from common.parallel import average
 from common.pictures import plot_metrics, sheet
 from common.scenes import MAX_CARS
 from common.training import (
     EMA,
     BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     channels_last,
@@ -66,7 +68,7 @@ HELD_OUT = 1_000_000_000  # keys of held-out batches begin here
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
     pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
     sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
@@ -222,8 +224,11 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
-    """|grad reconstruction| / |grad GAN| at the decoder's last layer: keeps the two terms in balance."""
-    grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, gan)]
+    """|grad reconstruction| / |grad GAN| at the decoder's last layer: keeps the two terms in balance.
+
+    The gradients are those of all processes together, but of one portion only with --accumulate.
+    """
+    grads = average([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, gan)])
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
 
 
@@ -236,46 +241,46 @@ def train_autoencoder(run: Run, config: Config, source) -> None:
         torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.9, 0.99), fused=True) for m in (autoencoder, critic)
     )
     ema, extra = EMA(autoencoder, config.ema_decay), {}
+    network, judge = run.parallel(autoencoder), run.parallel(critic)
     parts = {"autoencoder": autoencoder, "ema": ema, "critic": critic, "optimizer": optimizer,
              "critic_optimizer": critic_optimizer}
     for step in training_loop(run, config.ae_steps, parts, extra, "autoencoder.pt", "autoencoder.csv"):
-        x = source.clips((config.seed, 0, step), config.ae_batch, 1, config.final_fps).video[:, 0]
-        x = x.to(run.device).contiguous(memory_format=torch.channels_last)  # b 3 H W
-        noise = run.noise(
-            (len(x), config.latent_channels, x.shape[2] // autoencoder.factor, x.shape[3] // autoencoder.factor),
-            "autoencoder",
-            step,
-        )
-        with run.autocast():
-            z, regularization = autoencoder.regularize(x, noise)
-            reconstruction = autoencoder.decoder(autoencoder.post_quant_conv(z)).float()
-            l1 = (reconstruction - x).abs().mean()
-            error = l1 + config.square_weight * F.mse_loss(reconstruction, x)
-            # LDM sums the reconstruction error over the image, which is why its KL weight looks so small: per pixel
-            # here, so the KL is divided by their number
-            weighting = config.kl_weight / x[0].numel() if config.regularizer == "kl" else 1.0
-            loss = error + weighting * regularization
-            weight = torch.zeros(())
+        for share in run.shares(config.ae_batch, "autoencoder", step):
+            x = source.clips((config.seed, 0, step), share.rows, 1, config.final_fps).video[:, 0]
+            x = x.to(run.device).contiguous(memory_format=torch.channels_last)  # b 3 H W
+            height, width = (n // autoencoder.factor for n in x.shape[2:])
+            noise = share.normal((len(x), config.latent_channels, height, width))
+            critic_loss, weight = torch.zeros(()), torch.zeros(())
+            with run.autocast():
+                reconstruction, regularization = network(x, noise)
+                l1 = (reconstruction - x).abs().mean()
+                error = l1 + config.square_weight * F.mse_loss(reconstruction, x)
+                # LDM sums the reconstruction error over the image, which is why its KL weight looks so small: per pixel
+                # here, so the KL is divided by their number
+                weighting = config.kl_weight / x[0].numel() if config.regularizer == "kl" else 1.0
+                loss = error + weighting * regularization
+                if step >= config.gan_start:
+                    critic.requires_grad_(False)  # it passes gradients on and gets none of its own
+                    gan = -critic(reconstruction).float().mean()
+                    weight = config.gan_weight * adaptive_weight(error, gan, autoencoder.decoder.conv_out.weight)
+                    loss = loss + weight * gan
+            share.backward(loss)
             if step >= config.gan_start:
-                gan = -critic(reconstruction).float().mean()
-                weight = config.gan_weight * adaptive_weight(error, gan, autoencoder.decoder.conv_out.weight)
-                loss = loss + weight * gan
-        loss.backward()
+                critic.requires_grad_(True)
+                with run.autocast():
+                    critic_loss = hinge_loss(judge(x).float(), judge(reconstruction.detach()).float())
+                share.backward(critic_loss)
+            run.log(l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
         clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        critic_loss = torch.zeros(())
         if step >= config.gan_start:
-            critic_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here
-            with run.autocast():
-                critic_loss = hinge_loss(critic(x).float(), critic(reconstruction.detach()).float())
-            critic_loss.backward()
             critic_optimizer.step()
+            critic_optimizer.zero_grad(set_to_none=True)
         ema.update()
         if step + 1 == config.ae_steps:
             with ema.applied():
                 extra["latent_scale"] = measure_scale(run, config, autoencoder, source)
-        run.log(step, l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
 
 
 @torch.no_grad()
@@ -289,31 +294,43 @@ def measure_scale(run: Run, config: Config, autoencoder: Autoencoder, source) ->
 # %% Training the U-Net: Eq. (1)
 
 
+class Conditioned(nn.Module):
+    """A U-Net and what turns conditions into its context, trained together."""
+
+    def __init__(self, unet: nn.Module, conditioner: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.conditioner = unet, conditioner
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, clips: Clips,
+                drop: torch.Tensor | None = None) -> torch.Tensor:
+        return self.unet(x, tau, self.conditioner(clips, drop))
+
+
 def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed + 1)  # initial weights
     conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(run.device)
-    model = nn.ModuleDict({"unet": image.unet(), "conditioner": conditioner})
-    optimizer, ema = adamw(model, config.lr), EMA(model, config.ema_decay)
+    model = Conditioned(image.unet(), conditioner)
+    network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
     diffusion = image.diffusion
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        clips = source.clips((config.seed, 2, step), config.batch, 1, config.final_fps)
-        with run.autocast():
-            x = image.encode(clips.video)  # b c h w
-        draw = run.generator("diffusion", step)
-        tau = diffusion.random_tau(len(x), draw)
-        drop = torch.rand(len(x), generator=draw) < config.p_drop
-        eps = torch.randn(x.shape, generator=draw).to(run.device)
-        x_tau = diffusion.diffuse(x, eps, tau)
-        with run.autocast():
-            output = model["unet"](x_tau, tau, conditioner(clips, drop)).float()
-        loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
-        loss.backward()
+        for share in run.shares(config.batch, "diffusion", step):
+            clips = source.clips((config.seed, 2, step), share.rows, 1, config.final_fps)
+            with run.autocast():
+                x = image.encode(clips.video)  # b c h w
+            tau = share.integers(diffusion.steps)
+            drop = share.uniform() < config.p_drop
+            eps = share.normal(x.shape)
+            x_tau = diffusion.diffuse(x, eps, tau)
+            with run.autocast():
+                output = network(x_tau, tau, clips, drop).float()
+            loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
     return model, ema
 
 
@@ -392,12 +409,12 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
             if (run.folder / "autoencoder.csv").exists():  # variants share the autoencoder of 02_image_ldm
                 plot_metrics(run.folder / "autoencoder.csv", ["l1", "gan_weight"], "autoencoder")
     with ema.applied():
-        image.conditioner = model["conditioner"]
+        image.conditioner = model.conditioner
         context, taus = image.conditioner(held_out), [50, 200, 400, 600, 800, 950]
 
         def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
             with run.autocast():
-                return model["unet"](x, tau, context)
+                return model.unet(x, tau, context)
 
         losses = image.diffusion.loss_at(predict, z, run.noise(z.shape, "held-out"), taus)
         for tau, loss in zip(taus, losses, strict=True):
@@ -405,7 +422,7 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
         pictures = []
         for row, wanted in enumerate(wanted_rows(config, source, held_out)):
             z = sample_images(
-                model["unet"], image, wanted, config.guidance, run, config.ddim_steps, config.eta, row, label="samples"
+                model.unet, image, wanted, config.guidance, run, config.ddim_steps, config.eta, row, label="samples"
             )
             with run.autocast():
                 pictures.append(image.decode(z)[:, 0])
@@ -472,7 +489,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.sample_boxes:
         return draw_boxes(run, config)
     source = open_data(config.data, config.height, config.width, config.final_fps)
-    evaluate(run, config, source, *train(run, config, source, variant))
+    trained = train(run, config, source, variant)
+    run.end_training()
+    evaluate(run, config, source, *trained)
     known_good(run, PRESETS)
 
 

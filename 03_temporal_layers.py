@@ -32,8 +32,8 @@ from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     check_lineage,
@@ -55,7 +55,7 @@ NAME = "03_temporal_layers"
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
     feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
@@ -128,30 +128,31 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list
     torch.manual_seed(config.seed)  # initial temporal weights
     unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
     unet.train_temporal_only()  # theta frozen, phi and alpha learn
-    optimizer, ema = adamw(unet, config.lr), EMA(unet, config.ema_decay)
+    network, optimizer, ema = run.parallel(unet), adamw(unet, config.lr), EMA(unet, config.ema_decay)
     diffusion, extra = image.diffusion, {"lineage": image.lineage, "alphas": []}
     parts = {"model": unet, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.steps, parts, extra):
-        clips = source.clips((config.seed, 3, step), config.batch, config.frames, config.final_fps / 16)
-        with run.autocast():
-            z = image.encode(clips.video)  # (b t) c h w
-        draw = run.generator("diffusion", step)
-        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
-        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
-        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
-        with run.autocast():
-            output = unet(z_tau, tau, image.conditioner(clips, drop), frames=config.frames).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
-        loss.backward()
+        for share in run.shares(config.batch, "diffusion", step):
+            clips = source.clips((config.seed, 3, step), share.rows, config.frames, config.final_fps / 16)
+            with run.autocast():
+                z = image.encode(clips.video)  # (b t) c h w
+            tau = share.integers(diffusion.steps)  # one diffusion time a clip
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+            with run.autocast():
+                output = network(z_tau, tau, image.conditioner(clips, drop), frames=config.frames).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
         alphas = torch.stack([alpha.mean() for alpha in unet.alphas().values()])
         extra["alphas"].append(alphas.tolist())
-        run.log(step, loss=loss, alpha_min=alphas.min(), alpha_max=alphas.max())
+        run.log(alpha_min=alphas.min(), alpha_max=alphas.max())
     return unet, ema, extra["alphas"]
 
 
@@ -305,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     unet, ema, history = train(run, config, source, image)
+    run.end_training()
     evaluate(run, config, source, image, unet, ema, history)
     known_good(run, PRESETS)
 

@@ -37,8 +37,8 @@ from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import StableDiffusion, frame_size
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     channels_last,
     check_lineage,
@@ -62,7 +62,7 @@ NAME = "04_decoder_finetune"
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     backbone: str = ""  # tune Stable Diffusion's decoder, of a file or folder, instead of lesson 2's
     size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
     frames: int = 6  # frames of a training clip
@@ -256,34 +256,41 @@ def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoe
     ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
     # the adaptive weight is taken at the decoder's last layer, or at its last trained one
     last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
+    decode, judges = run.parallel(autoencoder, "decode"), [run.parallel(critic) for critic in critics]
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        video = source.clips((config.seed, 5, step), config.batch, config.frames, config.final_fps).video.to(run.device)
-        frames = rearrange(video, "b t c h w -> (b t) c h w")
-        set_frames(autoencoder, config.frames)
-        with run.autocast():
-            z = image.encode(video)  # the frozen encoder
-            decoded = autoencoder.decode(z)  # (b t) c h w
-            l1 = (decoded - frames).abs().mean()
-            perceptual = perceptual_distance(features, decoded, frames)
-            loss = reconstruction = l1 + config.perceptual_weight * perceptual
-            weight, clip = torch.zeros(()), rearrange(decoded, "(b t) c h w -> b t c h w", t=config.frames)
+        for share in run.shares(config.batch, step):
+            clips = source.clips((config.seed, 5, step), share.rows, config.frames, config.final_fps)
+            video = clips.video.to(run.device)
+            frames = rearrange(video, "b t c h w -> (b t) c h w")
+            set_frames(autoencoder, config.frames)
+            critic_loss, weight = torch.zeros(()), torch.zeros(())
+            with run.autocast():
+                z = image.encode(video)  # the frozen encoder
+                decoded = decode(z)  # (b t) c h w
+                l1 = (decoded - frames).abs().mean()
+                perceptual = perceptual_distance(features, decoded, frames)
+                loss = reconstruction = l1 + config.perceptual_weight * perceptual
+                clip = rearrange(decoded, "(b t) c h w -> b t c h w", t=config.frames)
+                if step >= config.gan_start:
+                    critics.requires_grad_(False)  # they pass gradients on and get none of their own
+                    gan = -sum(critic(clip).float().mean() for critic in critics)
+                    weight = config.gan_weight * lesson02.adaptive_weight(reconstruction, gan, last)
+                    loss = reconstruction + weight * gan
+            share.backward(loss)
             if step >= config.gan_start:
-                gan = -sum(critic(clip).float().mean() for critic in critics)
-                weight = config.gan_weight * lesson02.adaptive_weight(reconstruction, gan, last)
-                loss = reconstruction + weight * gan
-        loss.backward()
+                critics.requires_grad_(True)
+                with run.autocast():
+                    critic_loss = sum(lesson02.hinge_loss(judge(video).float(), judge(clip.detach()).float())
+                                      for judge in judges)
+                share.backward(critic_loss)
+            run.log(l1=l1, perceptual=perceptual, gan_weight=weight, critic=critic_loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        critic_loss = torch.zeros(())
         if step >= config.gan_start:
-            critic_optimizer.zero_grad(set_to_none=True)
-            with run.autocast():
-                critic_loss = sum(lesson02.hinge_loss(c(video).float(), c(clip.detach()).float()) for c in critics)
-            critic_loss.backward()
             critic_optimizer.step()
+            critic_optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, l1=l1, perceptual=perceptual, gan_weight=weight, critic=critic_loss)
     ema.use()
     return autoencoder.eval()
 
@@ -352,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)
+    run.end_training()
     evaluate(run, config, source, image, autoencoder)
     known_good(run, PRESETS)
 

@@ -33,8 +33,8 @@ from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     check_lineage,
@@ -60,7 +60,7 @@ NAME = "05_prediction"
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     frames: int = 8  # T, frames of a clip
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
     feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
@@ -162,11 +162,11 @@ def build(config: Config, image) -> nn.Module:
 
 
 def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None, c_S: torch.Tensor,
-             frames: int) -> torch.Tensor:
+             config: Config) -> torch.Tensor:
     """f(z_tau; c_S). z_tau: (b t) c h w, tau: b, c_S: (b t) c+1 h w."""
-    if not unet.temporal.known_channels:  # attention-only
-        return unet(torch.cat([z_tau, c_S], dim=1), tau, context, frames=frames)
-    return unet(z_tau, tau, context, frames=frames, known=c_S)
+    if config.temporal == "attention":
+        return unet(torch.cat([z_tau, c_S], dim=1), tau, context, frames=config.frames)
+    return unet(z_tau, tau, context, frames=config.frames, known=c_S)
 
 
 def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
@@ -192,30 +192,30 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     # pixels have no lesson 3; attention alone has feed-forward layers of another width: they start afresh
     if not (config.end_to_end or config.pixel or config.temporal == "attention"):
         lesson03.grow(unet, lesson03.load_temporal(run, image))
-    optimizer, ema = adamw(unet, config.lr), EMA(unet, config.ema_decay)
-    diffusion, shares = image.diffusion, torch.tensor(config.context_shares)
+    network, optimizer, ema = run.parallel(unet), adamw(unet, config.lr), EMA(unet, config.ema_decay)
+    diffusion, p_S = image.diffusion, torch.tensor(config.context_shares)
     parts = {"model": unet, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        clips = source.clips((config.seed, 6, step), config.batch, config.frames, config.final_fps / 16)
-        with run.autocast():
-            z = image.encode(clips.video)  # (b t) c h w
-        draw = run.generator("diffusion", step)
-        mask = prediction_mask(torch.multinomial(shares, config.batch, True, generator=draw), config.frames)
-        c_S = masked_context(z, mask)
-        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
-        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
-        z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
-        with run.autocast():
-            output = run_unet(unet, z_tau, tau, image.conditioner(clips, drop), c_S, config.frames).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
-        loss.backward()
+        for share in run.shares(config.batch, "diffusion", step):
+            clips = source.clips((config.seed, 6, step), share.rows, config.frames, config.final_fps / 16)
+            with run.autocast():
+                z = image.encode(clips.video)  # (b t) c h w
+            S = share.keep(torch.multinomial(p_S, config.batch, True, generator=share.generator))  # of each clip
+            c_S = masked_context(z, prediction_mask(S, config.frames))
+            tau = share.integers(diffusion.steps)  # one diffusion time a clip
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
+            with run.autocast():
+                output = run_unet(network, z_tau, tau, image.conditioner(clips, drop), c_S, config).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
     return unet, ema
 
 
@@ -239,11 +239,11 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         tau = tau[:: config.frames]
         with run.autocast():
-            output = run_unet(unet, z_tau, tau, context, c_S, config.frames)
+            output = run_unet(unet, z_tau, tau, context, c_S, config)
             if scale == 1 or s == 0:
                 return output
             # Eq. (4): f(z) + s (f(z; c_S) - f(z))
-            return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config.frames), output, scale)
+            return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config), output, scale)
 
     noise = run.noise((b * config.frames, *image.shape), "sample", *key)
     z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     image = lesson02.load(run, "pixel" if config.pixel else "")
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     unet, ema = train(run, config, source, image)
+    run.end_training()
     evaluate(run, config, source, image, unet, ema)
     known_good(run, PRESETS)
 

@@ -13,7 +13,7 @@ Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/06_interpolation/:
 middle_frames.png, two_passes.gif, metrics.png.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -29,8 +29,8 @@ from common.measures import psnr, sharpness
 from common.pictures import animation, plot_metrics, sheet
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     adamw,
     check_lineage,
     cli,
@@ -55,7 +55,7 @@ FRAMES = 5  # two ends and three between: this is what "interpolation by 4" mean
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
     feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
     known_features: int = 32  # channels c_S is embedded to ("context channels")
@@ -127,43 +127,45 @@ def load(run: Run, image) -> tuple[nn.Module, Config]:
 # %% Training: Eq. (3)
 
 
-def both_rates(source, key: tuple[int, ...], count: int, final_fps: float) -> tuple[Clips, torch.Tensor]:
-    """Clips of 5 frames, the first half at a quarter of the final rate (stage 0), the second at the final (stage 1)."""
-    half = count // 2
-    slow, fast = (
-        source.clips((*key, stage), max(1, n), FRAMES, fps)
-        for stage, n, fps in ((0, count - half, final_fps / 4), (1, half, final_fps))
-    )
-    return slow.join(fast.pick(range(half))), torch.tensor([0] * (count - half) + [1] * half)
+def both_rates(source, key: tuple[int, ...], rows: Sequence[int], batch: int,
+               final_fps: float) -> tuple[Clips, torch.Tensor]:
+    """Clips of 5 frames: in a batch, the first half has a quarter of the final rate (stage 0), the second the final one
+    (stage 1). rows: which of the batch are wanted, in order."""
+    slow_ones = batch - batch // 2
+    slow, fast = [i for i in rows if i < slow_ones], [i - slow_ones for i in rows if i >= slow_ones]
+    parts = [source.clips((*key, stage), wanted, FRAMES, fps)
+             for stage, wanted, fps in ((0, slow, final_fps / 4), (1, fast, final_fps)) if wanted]
+    clips = parts[0] if len(parts) == 1 else parts[0].join(parts[1])
+    return clips, torch.tensor([0] * len(slow) + [1] * len(fast))
 
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     model = Interpolator(config, image).to(run.device)
     lesson03.grow(model.unet, lesson03.load_temporal(run, image))
-    optimizer, ema = adamw(model, config.lr), EMA(model, config.ema_decay)
-    diffusion, mask = image.diffusion, interpolation_mask(config.batch)
+    network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
+    diffusion = image.diffusion
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        clips, stage = both_rates(source, (config.seed, 7, step), config.batch, config.final_fps)
-        with run.autocast():
-            z = image.encode(clips.video)  # (b t) c h w
-        draw = run.generator("diffusion", step)
-        c_S = lesson05.masked_context(z, mask)
-        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
-        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        tau_of_frames = tau.repeat_interleave(FRAMES)  # (b t)
-        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
-        with run.autocast():
-            output = model(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
-        loss.backward()
+        for share in run.shares(config.batch, "diffusion", step):
+            clips, stage = both_rates(source, (config.seed, 7, step), share.rows, config.batch, config.final_fps)
+            with run.autocast():
+                z = image.encode(clips.video)  # (b t) c h w
+            c_S = lesson05.masked_context(z, interpolation_mask(len(share)))
+            tau = share.integers(diffusion.steps)  # one diffusion time a clip
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            tau_of_frames = tau.repeat_interleave(FRAMES)  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+            with run.autocast():
+                output = network(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
     return model, ema
 
 
@@ -288,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
     model, ema = train(run, config, source, image)
+    run.end_training()
     evaluate(run, config, source, image, model, ema)
     known_good(run, PRESETS)
 

@@ -14,7 +14,7 @@ Reads OUT/02_image_ldm (only for its frame size). Writes OUT/07_upsampler/: imag
 upsampled.png, upsampled.gif, metrics.png.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -28,11 +28,12 @@ from common.blocks import TemporalOptions, sinusoids
 from common.data import open_data
 from common.diffusion import Diffusion
 from common.measures import flicker, psnr, seam
+from common.parallel import Share
 from common.pictures import animation, plot_metrics, sheet
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     channels_last,
@@ -60,7 +61,7 @@ SCALE = 4
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     patch: int = 16  # side of a training patch in small pixels; the large one is 4 times that
     frames: int = 8  # T, frames of a training clip, and of a portion when sampling
     fps: float = 0.0  # frame rate of the training clips; 0: the final rate
@@ -146,22 +147,22 @@ def shrink(video: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(video.flatten(0, -4), SCALE).unflatten(0, video.shape[:-3])
 
 
-def noised(diffusion: Diffusion, small: torch.Tensor, level: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise augmentation: the *small* frames diffused to `level` (Eq. 5 prints the large x there; see the README)."""
-    return diffusion.diffuse(small, torch.randn(small.shape, generator=generator).to(small.device), level)
+def cut_from(share: Share) -> tuple[list[int], list[int]]:
+    """Four patches are cut from each clip: the numbers of the clips a share needs, and which of them each patch has."""
+    clips = -(-share.batch // 4)
+    wanted = sorted({row % clips for row in share.rows})
+    return wanted, [wanted.index(row % clips) for row in share.rows]
 
 
-def patches(video: torch.Tensor, count: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` patches of 4 `size` pixels a side, from clips `b t 3 H W` in turn: count t 3 s s.
+def patches(video: torch.Tensor, of: list[int], size: int, share: Share) -> torch.Tensor:
+    """Patches of 4 `size` pixels a side, each from the clip `b t 3 H W` of its number in `of`: b t 3 s s.
 
     All frames of a clip are cut at the same place; were each cut at its own, time would hold nothing to learn."""
-    side, cut = SCALE * size, []
-    for i in range(count):
-        clip = video[i % len(video)]
-        top = SCALE * int(torch.randint(0, (clip.shape[-2] - side) // SCALE + 1, (), generator=generator))
-        left = SCALE * int(torch.randint(0, (clip.shape[-1] - side) // SCALE + 1, (), generator=generator))
-        cut.append(clip[..., top : top + side, left : left + side])
-    return torch.stack(cut)
+    side, draw = SCALE * size, share.generator
+    ends = [(length - side) // SCALE + 1 for length in video.shape[-2:]]
+    places = [[SCALE * int(torch.randint(0, end, (), generator=draw)) for end in ends] for _ in range(share.batch)]
+    return torch.stack([video[clip, ..., top : top + side, left : left + side]
+                        for clip, (top, left) in zip(of, share.keep(places), strict=True)])
 
 
 def make_diffusion(config: Config, device: torch.device) -> Diffusion:
@@ -200,39 +201,39 @@ def train(run: Run, config: Config, source, image) -> Upsampler:
             model.requires_grad_(False)
             model.unet.train_temporal_only()
             steps, batch, lr = config.steps, config.batch, config.lr
-        optimizer, ema = adamw(model, lr), EMA(model, config.ema_decay)
+        network, optimizer, ema = run.parallel(model), adamw(model, lr), EMA(model, config.ema_decay)
         parts = {"model": model, "optimizer": optimizer, "ema": ema}
         metrics = "metrics.csv" if frames else "image.csv"
         for step in training_loop(run, steps, parts, {"lineage": size_lineage(image)}, f"{name}.pt", metrics):
-            train_step(run, config, source, model, optimizer, step, batch, lr, frames)
+            for share in run.shares(batch, "diffusion", frames, step):
+                loss = upsampling_loss(run, config, source, network, share, step, frames)
+                share.backward(loss)
+                run.log(loss=loss)
+            clip_and_warm_up(optimizer, step, lr, config.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             ema.update()
         ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
     return model
 
 
-def train_step(
-    run: Run, config: Config, source, model: Upsampler, optimizer, step: int, batch: int, lr: float, frames: int | None
-) -> None:
-    """One step of Eq. (5), on images (frames None) or clips: four patches from each rendered or read clip."""
-    diffusion, draw = make_diffusion(config, run.device), run.generator("diffusion", frames, step)
-    clips = source.clips(
-        (config.seed, 8, step, frames or 0), -(-batch // 4), frames or 1, config.fps or config.final_fps
-    )
-    x = patches(clips.video, batch, config.patch, draw).to(run.device)
-    level = torch.randint(0, config.max_level + 1, (batch,), generator=draw).to(run.device)
-    tau, t = diffusion.random_tau(batch, draw), x.shape[1]
+def upsampling_loss(run: Run, config: Config, source, network: Callable, share: Share, step: int,
+                    frames: int | None) -> torch.Tensor:
+    """Eq. (5) on images (frames None) or clips, for a share of the batch."""
+    diffusion, (numbers, of) = make_diffusion(config, run.device), cut_from(share)
+    clips = source.clips((config.seed, 8, step, frames or 0), numbers, frames or 1, config.fps or config.final_fps)
+    x = patches(clips.video, of, config.patch, share).to(run.device)
+    level = share.integers(config.max_level + 1)
+    tau, t = share.integers(diffusion.steps), x.shape[1]
     x = rearrange(x, "b t c h w -> (b t) c h w")
-    small = noised(diffusion, shrink(x), level.repeat_interleave(t), draw)
-    eps = torch.randn(x.shape, generator=draw).to(run.device)
+    small = shrink(x)
+    # Noise augmentation: the *small* frames are diffused to `level` (Eq. 5 prints the large x there; see the README)
+    small = diffusion.diffuse(small, share.normal(small.shape), level.repeat_interleave(t))
+    eps = share.normal(x.shape)
     x_tau = diffusion.diffuse(x, eps, tau.repeat_interleave(t))
     with run.autocast():
-        output = model(x_tau, tau, small, level, frames).float()
-    loss = F.mse_loss(output, diffusion.target(x, eps, tau.repeat_interleave(t)))  # Eq. (5)
-    loss.backward()
-    clip_and_warm_up(optimizer, step, lr, config.warmup)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.log(step, loss=loss)
+        output = network(x_tau, tau, small, level, frames).float()
+    return F.mse_loss(output, diffusion.target(x, eps, tau.repeat_interleave(t)))
 
 
 # %% Sampling
@@ -250,7 +251,8 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
         draw, t = run.generator("upsample", *key, number), len(part)
         groups = 1 if video else t  # images: every frame is a batch row of its own
         level = torch.full((groups,), config.level, device=run.device)
-        low = noised(diffusion, part.to(run.device), level.repeat_interleave(t // groups), draw)
+        low = torch.randn(part.shape, generator=draw).to(run.device)
+        low = diffusion.diffuse(part.to(run.device), low, level.repeat_interleave(t // groups))
 
         def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
                     frames: int | None = t if video else None) -> torch.Tensor:
@@ -320,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--patch {config.patch}: larger than the frames, {image.config.height} x {image.config.width}")
     source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps)
     model = train(run, config, source, image)
+    run.end_training()
     evaluate(run, config, source, model.eval())
     known_good(run, PRESETS)
 

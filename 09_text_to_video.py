@@ -40,12 +40,13 @@ from common.diffusion import guide
 from common.image_model import ImageModel, conditions
 from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
+from common.parallel import whole
 from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import SHAPES, StableDiffusion, TextEncoder, frame_size, inspect
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     check_lineage,
@@ -75,7 +76,7 @@ NAME = "09_text_to_video"
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     prompt: str = ""  # text to show; nothing is trained then
     negative: str = ""  # what to steer away from, in the place of no text at all
     key_frames: int = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
@@ -91,7 +92,7 @@ class Config(BaseConfig):
     parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
     spatial_steps: int = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
     spatial_batch: int = 16  # frames per step of that
-    checkpointing: bool = False  # recompute activations in the backward pass, for less memory
+    shard: bool = False  # under torchrun: spread weights and optimizer over the processes (FSDP2)
     frames: int = 8  # T, frames of a training clip
     feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
     steps: int = 900  # training steps of the temporal layers
@@ -154,28 +155,28 @@ def planned(config) -> ImageModel:
 def train_spatial(run: Run, config: Config, source, image) -> None:
     """The WebVid step: the spatial layers alone on single frames of the videos, Eq. (1); the result is `image`'s."""
     unet = image.unet()
-    unet.checkpointing = config.checkpointing
+    network = run.parallel(unet, shard=config.shard)
     optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
     parts = {"model": unet, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.spatial_steps, parts, {"lineage": image.lineage}, "spatial.pt",
                               "spatial.csv"):
-        clips = source.clips((config.seed, 9, step), config.spatial_batch, 1, config.final_fps)
-        with run.autocast():
-            z = image.encode(clips.video)  # b c h w
-        draw = run.generator("spatial", step)
-        tau = diffusion.random_tau(len(z), draw)
-        drop = torch.rand(len(z), generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        with run.autocast():
-            output = unet(diffusion.diffuse(z, eps, tau), tau, image.conditioner(clips, drop)).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau))  # Eq. (1)
-        loss.backward()
+        for share in run.shares(config.spatial_batch, "spatial", step):
+            clips = source.clips((config.seed, 9, step), share.rows, 1, config.final_fps)
+            with run.autocast():
+                z = image.encode(clips.video)  # b c h w
+            tau = share.integers(diffusion.steps)
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            with run.autocast():
+                output = network(diffusion.diffuse(z, eps, tau), tau, image.conditioner(clips, drop)).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau))  # Eq. (1)
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
-    image.weights = dict(image.weights) | ema.shadow
+    image.weights = dict(image.weights) | whole(ema.shadow)
 
 
 # %% Key frames: text in the temporal layers as well
@@ -185,7 +186,6 @@ def key_frame_model(config: Config, image) -> nn.Module:
     """The backbone with temporal layers that read the same tokens as its spatial ones (Table 6), alpha a scalar."""
     unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
     unet.train_temporal_only()
-    unet.checkpointing = config.checkpointing
     return unet
 
 
@@ -196,28 +196,29 @@ def token_width(image) -> int:
 def train_key_frames(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     unet = key_frame_model(config, image)
+    network = run.parallel(unet, shard=config.shard)
     optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
     parts = {"model": unet, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        clips = source.clips((config.seed, 10, step), config.batch, config.frames, config.final_fps / 16)
-        with run.autocast():
-            z = image.encode(clips.video)  # (b t) c h w
-        draw = run.generator("diffusion", step)
-        tau = diffusion.random_tau(config.batch, draw)  # one diffusion time a clip
-        drop = torch.rand(config.batch, generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
-        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
-        with run.autocast():
-            text = image.conditioner(clips, drop)  # b n d
-            output = unet(z_tau, tau, text, frames=config.frames, time_context=text).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
-        loss.backward()
+        for share in run.shares(config.batch, "diffusion", step):
+            clips = source.clips((config.seed, 10, step), share.rows, config.frames, config.final_fps / 16)
+            with run.autocast():
+                z = image.encode(clips.video)  # (b t) c h w
+            tau = share.integers(diffusion.steps)  # one diffusion time a clip
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+            with run.autocast():
+                text = image.conditioner(clips, drop)  # b n d
+                output = network(z_tau, tau, text, frames=config.frames, time_context=text).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
     return unet, ema
 
 
@@ -267,7 +268,6 @@ class Interpolator(nn.Module):
         super().__init__()
         self.unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
         self.unet.widen(image.shape[0] + 1)
-        self.unet.checkpointing = config.checkpointing
         d = token_width(image)
         self.told = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)).to(image.device)
 
@@ -280,9 +280,8 @@ class Interpolator(nn.Module):
         return self.unet(torch.cat([z_tau, known], dim=1), tau, text, frames=lesson06.FRAMES, time_context=pair)
 
 
-def augmented(image, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def augmented(image, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """(mask * z, mask) with z noised to `level` (b), the conditioning augmentation of App. H.2."""
-    eps = torch.randn(z.shape, generator=draw).to(z.device)
     return lesson05.masked_context(image.diffusion.diffuse(z, eps, level.repeat_interleave(mask.shape[1])), mask)
 
 
@@ -291,31 +290,33 @@ def train_interpolation(run: Run, config: Config, source, image, key_frames: dic
     torch.manual_seed(config.seed + 1)
     model = Interpolator(config, image)
     model.unet.load_state_dict(key_frames, strict=False)
+    network = run.parallel(model, shard=config.shard)
     optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
-    batch, mask = config.interpolation_batch, lesson06.interpolation_mask(config.interpolation_batch)
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.interpolation_steps, parts, {"lineage": image.lineage}, "interpolation.pt",
                               "interpolation.csv"):
-        clips, stage = lesson06.both_rates(source, (config.seed, 11, step), batch, config.final_fps)
-        with run.autocast():
-            z = image.encode(clips.video)  # (b t) c h w
-        draw = run.generator("interpolation", step)
-        level = torch.randint(0, config.max_level + 1, (batch,), generator=draw).to(run.device)
-        known = augmented(image, z, mask, level, draw)
-        tau = diffusion.random_tau(batch, draw)
-        drop = torch.rand(batch, generator=draw) < image.config.p_drop
-        eps = torch.randn(z.shape, generator=draw).to(run.device)
-        tau_of_frames = tau.repeat_interleave(lesson06.FRAMES)  # (b t)
-        z_tau = diffusion.diffuse(z, eps, tau_of_frames)
-        with run.autocast():
-            output = model(z_tau, tau, image.conditioner(clips, drop), known, rate(stage, config), level).float()
-        loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3)
-        loss.backward()
+        for share in run.shares(config.interpolation_batch, "interpolation", step):
+            clips, stage = lesson06.both_rates(source, (config.seed, 11, step), share.rows, share.batch,
+                                               config.final_fps)
+            with run.autocast():
+                z = image.encode(clips.video)  # (b t) c h w
+            level = share.integers(config.max_level + 1)
+            known = augmented(image, z, lesson06.interpolation_mask(len(share)), level, share.normal(z.shape))
+            tau = share.integers(diffusion.steps)
+            drop = share.uniform() < image.config.p_drop
+            eps = share.normal(z.shape)
+            tau_of_frames = tau.repeat_interleave(lesson06.FRAMES)  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+            with run.autocast():
+                text, fps = image.conditioner(clips, drop), rate(stage, config)
+                output = network(z_tau, tau, text, known, fps, level).float()
+            loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3)
+            share.backward(loss)
+            run.log(loss=loss)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, loss=loss)
     return model, ema
 
 
@@ -544,8 +545,11 @@ def main(argv: list[str] | None = None) -> None:
     unet, ema = train_key_frames(run, config, source, image)
     ema.use()
     unet.requires_grad_(False).eval()
-    model, ema = train_interpolation(run, config, source, image, ema.shadow)
+    model, ema = train_interpolation(run, config, source, image, whole(ema.shadow))
     ema.use()
+    run.end_training()
+    if config.shard:  # one process cannot run what was spread over all
+        return print("trained; for the numbers and pictures: the same with python, --resume and no --shard")
     evaluate(run, config, source, image, unet, model.eval())
     known_good(run, PRESETS)
 

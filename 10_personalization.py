@@ -44,8 +44,8 @@ from common.pretrained import CaptionTokens
 from common.scenes import Scene, scene_behind, van_scene
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     check_lineage,
@@ -71,7 +71,7 @@ NAME = "10_personalization"
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     token: str = "sks"  # the rare word that comes to mean the subject
     class_word: str = "car"  # what the subject is one of: a word that the backbone knows
     instances: str = ""  # folder of png or jpg pictures of the subject; empty: the van is drawn
@@ -179,29 +179,30 @@ def trainable(conditioner: nn.Module) -> nn.Module:
 def train(run: Run, config: Config, image, pictures: torch.Tensor, captions: Clips, prior: torch.Tensor,
           prior_captions: Clips) -> None:
     """Leaves checkpoint.pt. prior: latents n c h w."""
-    model = nn.ModuleDict({"unet": image.unet(), "conditioner": trainable(image.conditioner)})
+    model = lesson02.Conditioned(image.unet(), trainable(image.conditioner))
+    network = run.parallel(model)
     optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
     with run.autocast():
-        z = image.encode(pictures)  # n c h w
+        z = torch.cat([image.encode(pictures), prior])  # the subject's, then its class's: n c h w
+    captions = captions.join(prior_captions)
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
-        draw = run.generator("dreambooth", step)
-        one, many = (torch.randint(len(rows), (config.batch,), generator=draw).tolist() for rows in (z, prior))
-        x = torch.cat([z[one], prior[many]])  # the subject, then its class
-        tau = diffusion.random_tau(len(x), draw)
-        eps = torch.randn(x.shape, generator=draw).to(run.device)
-        with run.autocast():
-            text = model["conditioner"](captions.pick(one).join(prior_captions.pick(many)))
-            output = model["unet"](diffusion.diffuse(x, eps, tau), tau, text).float()
-        errors = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2, 3))
-        instance, kept = errors[: config.batch].mean(), errors[config.batch :].mean()
-        loss = instance + config.prior_weight * kept
-        loss.backward()
+        for share in run.shares(config.batch, "dreambooth", step):
+            one, other = share.integers(len(pictures)), len(pictures) + share.integers(len(prior))
+            chosen = torch.stack([one, other], dim=1).flatten().tolist()  # (b 2): of the subject, and of its class
+            x = z[chosen]
+            tau = torch.stack([share.integers(diffusion.steps) for _ in range(2)], dim=1).flatten()
+            eps = share.normal(x.shape)
+            with run.autocast():
+                output = network(diffusion.diffuse(x, eps, tau), tau, captions.pick(chosen)).float()
+            errors = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2, 3))
+            instance, kept = errors.unflatten(0, (-1, 2)).mean(0)
+            share.backward(instance + config.prior_weight * kept)
+            run.log(instance=instance, prior=kept)
         clip_and_warm_up(optimizer, step, config.lr, config.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        run.log(step, instance=instance, prior=kept)
 
 
 def load(run: Run, image):
@@ -368,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     pictures, captions, prior_captions = subject(config, image)
     prior = sample_prior(run, config, image, prior_captions)
     train(run, config, image, pictures, captions, prior, prior_captions)
+    run.end_training()
     evaluate(run, config, image, load(run, image), video, plan.frames, pictures)
     known_good(run, PRESETS)
 

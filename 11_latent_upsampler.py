@@ -20,7 +20,7 @@ Reads OUT/02_image_ldm and OUT/02_image_ldm-text, or the file given with --backb
 image.pt, checkpoint.pt (temporal weights), upsampled.png, upsampled.gif, metrics.png. Lesson 9 calls `upsample`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -34,12 +34,13 @@ from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import ImageModel, conditions
 from common.measures import flicker, psnr, seam
+from common.parallel import Share
 from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import StableDiffusion
 from common.training import (
     EMA,
-    BaseConfig,
     Run,
+    TrainingConfig,
     UserError,
     adamw,
     channels_last,
@@ -73,13 +74,12 @@ LATENT_SCALE = 0.08333  # of the public x4 upscaler's autoencoder; a file does n
 
 
 @dataclass(kw_only=True)
-class Config(BaseConfig):
+class Config(TrainingConfig):
     backbone: str = ""  # the x4 upscaler, file or folder; x4: its shape, to count; empty: one is trained here
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
     keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
     size: tuple[int, ...] = (320, 512)  # small frames' height and width with --backbone
-    checkpointing: bool = False  # recompute activations in the backward pass, for less memory
     patch: int = 16  # side of a training patch in small pixels, and in latents; the large one is 4 times that
     frames: int = 8  # T, frames of a training clip, and of a portion when sampling
     fps: float = 0.0  # frame rate of the training clips; 0: the final rate
@@ -167,7 +167,6 @@ def network(config: Config, image: ImageModel, time_width: int = 0) -> UNet:
         # a level is seen a hundred times in minutes: too seldom to unlearn the random vector it would begin with
         nn.init.zeros_(unet.label_emb.weight)
         unet = channels_last(unet).to(image.device)
-    unet.checkpointing = config.checkpointing
     return unet
 
 
@@ -215,44 +214,43 @@ def train(run: Run, config: Config, source, image: ImageModel, unet: UNet) -> No
         steps, batch, lr = config.steps, config.batch, config.lr
         if frames is None:
             steps, batch, lr = config.image_steps, config.image_batch, config.image_lr
-        optimizer, ema = adamw(unet, lr), EMA(unet, config.ema_decay)
+        network, optimizer, ema = run.parallel(unet), adamw(unet, lr), EMA(unet, config.ema_decay)
         parts = {"model": unet, "optimizer": optimizer, "ema": ema}
         metrics = "metrics.csv" if frames else "image.csv"
         for step in training_loop(run, steps, parts, {"lineage": image.lineage}, f"{name}.pt", metrics):
-            train_step(run, config, source, image, unet, optimizer, step, batch, lr, frames)
+            for share in run.shares(batch, "diffusion", frames, step):
+                loss = upsampling_loss(run, config, source, image, network, share, step, frames)
+                share.backward(loss)
+                run.log(loss=loss)
+            clip_and_warm_up(optimizer, step, lr, config.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             ema.update()
         ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
 
 
-def train_step(run: Run, config: Config, source, image: ImageModel, unet: UNet, optimizer, step: int, batch: int,
-               lr: float, frames: int | None) -> None:
-    """One step of Eq. (5), on images (frames None) or clips: four patches from each rendered or read clip."""
-    diffusion, draw = lesson07.make_diffusion(config, run.device), run.generator("diffusion", frames, step)
-    clips = source.clips(
-        (config.seed, 12, step, frames or 0), -(-batch // 4), frames or 1, config.fps or config.final_fps
-    )
-    x = lesson07.patches(clips.video, batch, config.patch, draw)  # b t 3 4h 4w
-    t, clip = x.shape[1], torch.arange(batch) % len(clips)  # from which clip each patch is
+def upsampling_loss(run: Run, config: Config, source, image: ImageModel, network: Callable, share: Share, step: int,
+                    frames: int | None) -> torch.Tensor:
+    """Eq. (5), on latents, on images (frames None) or clips, for a share of the batch."""
+    diffusion, (numbers, of) = lesson07.make_diffusion(config, run.device), lesson07.cut_from(share)
+    clips = source.clips((config.seed, 12, step, frames or 0), numbers, frames or 1, config.fps or config.final_fps)
+    x = lesson07.patches(clips.video, of, config.patch, share)  # b t 3 4h 4w
+    t = x.shape[1]
     with run.autocast():
         z = image.encode(x)  # (b t) c h w
         text, nothing = lesson09.tokens(image.conditioner, clips)  # n d for every clip
-    drop = torch.rand(batch, generator=draw) < image.config.p_drop
-    text = torch.where(drop.to(run.device)[:, None, None], nothing[clip], text[clip])  # b n d
-    level = torch.randint(0, config.max_level + 1, (batch,), generator=draw).to(run.device)
+    drop = share.uniform() < image.config.p_drop
+    text = torch.where(drop.to(run.device)[:, None, None], nothing[of], text[of])  # b n d
+    level = share.integers(config.max_level + 1)
     small = lesson07.shrink(x).flatten(0, 1).to(run.device)  # (b t) 3 h w
-    small = lesson07.noised(diffusion, small, level.repeat_interleave(t), draw)
-    tau = diffusion.random_tau(batch, draw)
+    small = diffusion.diffuse(small, share.normal(small.shape), level.repeat_interleave(t))  # noise augmentation
+    tau = share.integers(diffusion.steps)
     tau_of_frames = tau.repeat_interleave(t)
-    eps = torch.randn(z.shape, generator=draw).to(run.device)
+    eps = share.normal(z.shape)
     z_tau = diffusion.diffuse(z, eps, tau_of_frames)
     with run.autocast():
-        output = denoise(unet, z_tau, tau, small, level, text, frames).float()
-    loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (5), on latents
-    loss.backward()
-    clip_and_warm_up(optimizer, step, lr, config.warmup)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.log(step, loss=loss)
+        output = denoise(network, z_tau, tau, small, level, text, frames).float()
+    return F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))
 
 
 # %% Sampling
@@ -277,7 +275,8 @@ def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: It
         told, nothing = lesson09.tokens(image.conditioner, text)  # 1 n d
     for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames)):
         draw, t = run.generator("upsample", *key, number), len(part)
-        low = lesson07.noised(diffusion, part.to(run.device), level, draw)
+        low = torch.randn(part.shape, generator=draw).to(run.device)
+        low = diffusion.diffuse(part.to(run.device), low, level)
 
         def predict(z_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low,
                     frames: int | None = t if video else None) -> torch.Tensor:
@@ -365,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"all be multiples of {unet.factor}, as the U-Net halves them")
     source = open_data(config.data, SCALE * height, SCALE * width, config.final_fps)
     train(run, config, source, image, unet)
+    run.end_training()
     evaluate(run, config, source, image, unet.eval())
     known_good(run, PRESETS)
 

@@ -215,6 +215,11 @@ class Autoencoder(nn.Module):
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean()
         return mean + (0.5 * log_variance).exp() * noise, kl
 
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames to their reconstruction, and the regularisation loss: what training needs."""
+        z, regularization = self.regularize(x, noise)
+        return self.decoder(self.post_quant_conv(z)).float(), regularization
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """b 3 H W -> scaled latents b z H/f W/f: the posterior mean, or the latent before quantisation, as in LDM."""
         return self.moments(x)[0] * self.scale

@@ -4,7 +4,8 @@
     clips = source.clips(key=(seed, step), count=8, frames=8, fps=30 / 16)     # clips.video: 8 8 3 64 128
 
 A request says how many frames at which rate: final_fps, a quarter or a sixteenth of it in this project. The
-answer depends on the key alone, never on what was asked before, so a resumed run sees the same clips.
+answer depends on the key alone, never on what was asked before, so a resumed run sees the same clips. In place of
+a count may stand the numbers of the clips that are wanted, as when several processes share a batch.
 
 A folder holds clips in any mixture of: mp4, mov, avi, mkv, webm (read by PyAV); animated gif, webp, png
 (Pillow); sub-folders of numbered png or jpg frames, at final_fps or at the rate in the sub-folder's fps.txt.
@@ -105,10 +106,12 @@ class DrivingScenes:
                  scene: Callable[[Sequence[int]], Scene] = Scene) -> None:
         self.height, self.width, self.final_fps, self.scene = height, width, final_fps, scene
 
-    def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
-        """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only."""
-        scenes = [self.scene([*key, i, SPLITS.index(split)]) for i in range(count)]
-        times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in range(count)]
+    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+              split: str = "train") -> Clips:
+        """Clips of `frames` frames at `fps`: so many, or those of these numbers. Clip i depends on (key, i, split)."""
+        rows = range(rows) if isinstance(rows, int) else rows
+        scenes = [self.scene([*key, i, SPLITS.index(split)]) for i in rows]
+        times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in rows]
         watched = list(zip(scenes, times, strict=True))
         return batch([scene.render(t, self.height, self.width) for scene, t in watched],
                      [int(scene.night) for scene in scenes], [scene.car_count(t) for scene, t in watched],
@@ -359,8 +362,9 @@ class VideoFolder:
             note(f"{folder}: fewer than 3 clips, so train and held-out share them")
         self.memory, self.pools = MEMORY, {}
 
-    def clips(self, key: Sequence[int], count: int, frames: int, fps: float, split: str = "train") -> Clips:
-        """`count` clips of `frames` frames at `fps`. Clip i depends on (key, i, split) only.
+    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+              split: str = "train") -> Clips:
+        """Clips of `frames` frames at `fps`: so many, or those of these numbers. Clip i depends on (key, i, split).
 
         A clip is drawn as often as it is long. Raises UserError when none is long and fast enough.
         """
@@ -369,16 +373,16 @@ class VideoFolder:
         pool = self.pools[frames, fps, split]
         share = np.array([len(r.times) for r in pool]) / sum(len(r.times) for r in pool)
         chosen, video = [], []
-        for i in range(count):
+        for i in range(rows) if isinstance(rows, int) else rows:
             rng = keyed(key, i, split)
             recording = pool[rng.choice(len(pool), p=share)]
             start = recording.times[0] + rng.uniform(0, max(recording.seconds - (frames - 1) / fps, 0.0))
             video.append(self.frames(recording, nearest(recording.times, start + np.arange(frames) / fps)))
             chosen.append(recording)
         night, cars, captions = zip(*((r.night, r.cars, r.caption) for r in chosen), strict=True)
-        unknown = [math.nan] * count
-        return batch(video, night, cars, np.zeros((count, frames, MAX_CARS, 4), np.float32), list(captions), unknown,
-                     unknown)
+        unknown = [math.nan] * len(chosen)
+        return batch(video, night, cars, np.zeros((len(chosen), frames, MAX_CARS, 4), np.float32), list(captions),
+                     unknown, unknown)
 
     def pool(self, frames: int, fps: float, split: str) -> list[Recording]:
         """The long and fast enough clips of a split; where it has none, the other split's, with a note."""

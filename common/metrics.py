@@ -210,7 +210,7 @@ def train_reader(run: Run, reader: nn.Module, steps: int, height: int, width: in
         clip_and_warm_up(optimizer, step, 2e-3, 20)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.log(step, loss=loss)
+        run.log(loss=loss)
     return reader.requires_grad_(False).eval()
 
 

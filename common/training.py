@@ -4,9 +4,14 @@ A script reads like this:
 
     config = parse(Config, PRESETS, argv, __doc__)
     run = Run("03_temporal_layers", config)
+    network = run.parallel(unet)
     for step in training_loop(run, config.steps, {"model": unet, "optimizer": optimizer, "ema": ema}):
-        ...noise, prediction, loss, backward, optimizer step: written out in the script...
-        run.log(step, loss=loss)
+        for share in run.shares(config.batch, "diffusion", step):
+            ...clips, noise, prediction, loss: written out in the script...
+            share.backward(loss)
+            run.log(loss=loss)
+        ...optimizer step...
+    run.end_training()
 
 Randomness is keyed, never carried: `run.generator("noise", step)` depends on the seed, the script and the step only,
 so a resumed run draws what an uninterrupted one would have drawn and no random state has to be stored.
@@ -34,6 +39,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from common import parallel
 
 
 class UserError(Exception):
@@ -65,9 +72,17 @@ class BaseConfig:
         return Path(self.out or f"runs/{self.preset}-{self.data_name()}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class TrainingConfig(BaseConfig):
+    accumulate: int = 1  # portions in which a process computes its share of the batch; more of them need less memory
+    checkpointing: bool = False  # recompute activations in the backward pass, for less memory
+    workers: int = 0  # processes that prepare the clips of the next steps
+    flops: float = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
+
+
 # what may differ between two runs into the same folder
 RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
-                  "sample_boxes", "checkpointing", "keep_captions"}
+                  "sample_boxes", "keep_captions", "accumulate", "checkpointing", "workers", "flops", "shard"}
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -110,7 +125,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     preset = given.pop("preset", config_class.preset)
     config = preset_config(config_class, presets, preset, **given)
-    for name in ("steps", "batch", "frames", "save_every"):
+    for name in ("steps", "batch", "frames", "save_every", "accumulate"):
         if getattr(config, name, 1) < (0 if name == "steps" else 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if not config.final_fps > 0:
@@ -132,8 +147,12 @@ def cli(main: Callable[[list[str] | None], object]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what was trained is saved, go on with --resume", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch or the resolution", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        print(f"error: out of memory ({reason}); use a higher --accumulate, --checkpointing, a lower --batch or lower "
+              "resolution", file=sys.stderr)
         return 2
     return 0
 
@@ -153,6 +172,8 @@ def keep_freed_memory() -> None:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a node
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -185,20 +206,28 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        self.rank, self.processes = parallel.join(self.device)
+        self.networks: list[nn.Module] = []  # what gradients are exchanged for
+        self.not_finite = False  # a loss of this step was not
         self.dtype = pick_dtype(config.precision, self.device)
         self.numbers: dict[str, dict] = {}
         self.metrics, self.last_row = self.folder / "metrics.csv", {}
+        self.logged: dict[str, list[torch.Tensor]] = {}  # of the current step
         try:
             self._claim_folder()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
-        print(f"{name}: {self.folder}, {self.device.type}, {str(self.dtype).removeprefix('torch.')}", flush=True)
+        if self.rank == 0:
+            others = f", {self.processes} processes" if self.processes > 1 else ""
+            print(f"{name}: {self.folder}, {self.device.type}, {str(self.dtype).removeprefix('torch.')}{others}",
+                  flush=True)
 
     def _claim_folder(self) -> None:
         mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in RUNTIME_FIELDS}
         mine = json.loads(json.dumps(mine))
         path = self.folder / "config.json"
-        if path.exists() and not (self.config.resume or self.config.overwrite):
+        made = path.exists() and any(p.name not in ("config.json", "env.txt") for p in self.folder.iterdir())
+        if made and not (self.config.resume or self.config.overwrite):
             try:
                 theirs = json.loads(path.read_text())
             except ValueError:
@@ -208,6 +237,8 @@ class Run:
                 what = ", ".join(f"{k} {theirs[k]} -> {mine[k]}" for k in changed[:3])
                 raise UserError(f"{self.folder} was made with another configuration ({what}): --overwrite or --out")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.rank:
+            return  # only the first process writes
         write_text(path, json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
         lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", platform.platform()]
         lines += [f"device {self.device}", f"precision {self.dtype}", f"threads {torch.get_num_threads()}"]
@@ -225,19 +256,77 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def log(self, step: int, **values: float | torch.Tensor) -> None:
-        """Appends a row to the metrics file of the loop. A loss that is not finite stops the run before it is saved."""
-        row = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
+    def shares(self, batch: int, *key: object) -> Iterator[parallel.Share]:
+        """This process's share of a step's batch, in --accumulate portions; random numbers are keyed as `generator`'s.
+
+        Raises UserError when the batch cannot be divided: unequal shares would weigh samples unequally.
+        """
+        portions = getattr(self.config, "accumulate", 1)
+        if batch % (self.processes * portions):
+            raise UserError(f"a batch of {batch} cannot be divided among {self.processes} processes "
+                            f"with --accumulate {portions}; change --batch or --accumulate")
+        rows = list(parallel.divide(batch, self.rank, self.processes, portions))
+        for portion in rows:
+            for network in self.networks:
+                parallel.synchronise(network, portion is rows[-1])
+
+            def backward(loss: torch.Tensor) -> None:
+                # A loss that is not finite would spoil the weights; without gradients they stay, and the step can be
+                # looked at (see training_loop). All processes have to leave the backward pass out together.
+                finite = torch.isfinite(loss.detach()).float()
+                self.not_finite |= not bool(parallel.average([finite])[0] == 1)
+                if not self.not_finite:
+                    (loss / portions).backward()
+
+            yield parallel.Share(portion, batch, self.generator(*key), self.device, backward)
+
+    def parallel(self, module: nn.Module, method: str = "__call__", shard: bool = False) -> Callable:
+        """How to call a module (or a method of it) in training, so that its gradients are those of all processes.
+
+        shard: cut the weights up as well, in place; before the optimizer and the average are made.
+        """
+        for part in module.modules():
+            if hasattr(part, "checkpointing"):
+                part.checkpointing = getattr(self.config, "checkpointing", False)
+        if self.processes == 1:
+            return getattr(module, method)
+        network = (parallel.shard(module, self.device) if shard else
+                   parallel.replicate(module, method, self.device))
+        self.networks.append(network)
+        return network
+
+    def end_training(self) -> None:
+        """Behind it only the first process goes on: sampling and figures are work for one."""
+        if self.processes > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+            if self.rank:
+                raise SystemExit(0)
+            self.processes = 1
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Numbers for the current step's row of the metrics file: their mean over the shares of all processes."""
+        for name, value in values.items():
+            self.logged.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+
+    def end_step(self, step: int, stopped_by: int) -> int:
+        """Writes the row. Returns the signal that stopped any of the processes, or 0."""
+        means = [torch.stack([value.to(self.device) for value in values]).mean() for values in self.logged.values()]
+        *means, stop = parallel.average([*means, torch.tensor(float(stopped_by), device=self.device)])
+        row = {name: float(mean) for name, mean in zip(self.logged, means, strict=True)}
+        self.logged = {}
         for name, value in row.items():
             if value != value or abs(value) == float("inf"):
                 raise UserError(f"{self.name}: {name} is {value} at step {step}; lower --lr (the last save is kept)")
-        new = not self.metrics.exists()
-        with self.metrics.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
-        self.last_row = row
+        if row and self.rank == 0:
+            new = not self.metrics.exists()
+            with self.metrics.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(["step", *row])
+                writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
+        self.last_row = row or self.last_row
+        return round(float(stop) * self.processes) and (stopped_by or signal.SIGTERM)
 
     def report(
         self, name: str, value: float, unit: str = "", at_least: float | None = None, at_most: float | None = None
@@ -454,7 +543,7 @@ class EMA:
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in self.shadow.items():
-            value.copy_(state["shadow"][name])
+            value.copy_(parallel.placed_like(state["shadow"][name], value))
         self.updates = state["updates"]
 
 
@@ -470,6 +559,8 @@ def load_part(part: nn.Module | torch.optim.Optimizer | EMA, state: dict, where:
     """The inverse of `trained_state`. Any missing, unexpected or wrongly shaped name is a UserError."""
     try:
         if isinstance(part, nn.Module):
+            own = part.state_dict()
+            state = {name: parallel.placed_like(value, own.get(name, value)) for name, value in state.items()}
             missing = set(trained_state(part)) - set(state)
             unexpected = part.load_state_dict(state, strict=False).unexpected_keys
             if missing or unexpected:
@@ -480,6 +571,9 @@ def load_part(part: nn.Module | torch.optim.Optimizer | EMA, state: dict, where:
                 )
         else:
             part.load_state_dict(state)
+            if isinstance(part, torch.optim.Optimizer):
+                for p, moments in part.state.items():
+                    moments.update({name: parallel.placed_like(value, p) for name, value in moments.items()})
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"{where} does not fit this network ({str(error).strip().splitlines()[-1].strip()}); "
@@ -495,12 +589,15 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
     step and when stopped; extra: tensors and primitives to keep in the checkpoint as they are at that moment.
     """
     path, start, stopped_by = run.folder / file, 0, []
-    extra, run.metrics, run.last_row = {} if extra is None else extra, run.folder / metrics, {}
+    extra, run.metrics, run.last_row, run.logged = {} if extra is None else extra, run.folder / metrics, {}, {}
 
     def save(done: int) -> None:
         config = dataclasses.asdict(run.config)
-        state = {name: trained_state(part) for name, part in parts.items()}
-        save_checkpoint(path, {"script": run.name, "step": done, "config": config, **extra, **state})
+        state = {name: parallel.whole(trained_state(part)) for name, part in parts.items()}
+        if run.rank == 0:
+            save_checkpoint(path, {"script": run.name, "step": done, "config": config, **extra, **state})
+        if run.processes > 1:
+            torch.distributed.barrier()  # the others may read it next
 
     if run.config.resume and path.exists():
         content = load_checkpoint(path, "the same command without --resume")
@@ -508,26 +605,55 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
             load_part(part, content.get(name, {}), path)
         start = content["step"]
         extra.update({k: v for k, v in content.items() if k not in (*parts, "script", "step", "config")})
-    keep_rows_before(run.metrics, start)
+    if run.rank == 0:
+        keep_rows_before(run.metrics, start)
     previous = {}
     with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, lambda caught, _: stopped_by.append(caught))
     try:
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=file.removesuffix(".pt"), mininterval=1.0)
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc=file.removesuffix(".pt"), mininterval=1.0,
+                   disable=run.rank > 0)
         for step in bar:
             yield step
+            if run.not_finite:
+                with watched(parts, f"{run.name}, step {step}"):
+                    yield step  # the same clips and noise once more, to see where it begins
+                raise UserError(f"{run.name}, step {step}: the loss is not finite; lower --lr (the last save is kept)")
+            stop = run.end_step(step, stopped_by[0] if stopped_by else 0)
             bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in run.last_row.items()), refresh=False)
-            if stopped_by or step + 1 == steps or (step + 1) % run.config.save_every == 0:
+            if stop or step + 1 == steps or (step + 1) % run.config.save_every == 0:
                 save(step + 1)
-            if stopped_by:
+            if stop:
                 print(f"\nstopped at step {step + 1}, saved in {path}; go on with --resume", file=sys.stderr)
-                raise SystemExit(128 + stopped_by[0])
+                raise SystemExit(128 + stop)
         if not path.exists() or (steps == 0 and start == 0):
             save(start)  # --steps 0: there is always a checkpoint
     finally:
+        run.networks = []
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watched(parts: dict, where: str) -> Iterator[None]:
+    """Inside, the first layer whose output is not finite is a UserError that names it."""
+
+    def hook(name: str) -> Callable:
+        def look(layer: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                raise UserError(f"{where}: the loss is not finite; the first layer with such an output is {name} "
+                                f"({type(layer).__name__}); lower --lr (the last save is kept)")
+
+        return look
+
+    handles = [layer.register_forward_hook(hook(f"{part}.{name}".rstrip("."))) for part, module in parts.items()
+               if isinstance(module, nn.Module) for name, layer in module.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def keep_rows_before(path: Path, step: int) -> None:
@@ -551,7 +677,12 @@ def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int) -> None:
-    """Clips the gradient norm to 1 and warms the rate up linearly. Nothing here depends on the total of steps."""
+    """Clips the gradient norm to 1 and warms the rate up linearly. Nothing here depends on the total of steps.
+
+    Raises UserError for gradients that are not finite: one step with them would spoil the weights.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup))
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        if not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+            raise UserError(f"step {step}: the gradients are not finite; lower --lr (the last save is kept)")

@@ -8,6 +8,7 @@ import torch
 from common.blocks import TemporalOptions
 from common.data import DrivingScenes
 from common.image_model import Conditioner, ImageModel, conditions
+from common.parallel import Share
 from common.training import UserError, count, is_temporal, preset_config
 from tests.test_network import randomise
 
@@ -41,7 +42,7 @@ def test_a_masked_frame_leaks_nothing(temporal: str, known: int) -> None:
         c_S = lesson05.masked_context(z, mask)
         context = image.conditioner(conditions(1))
         with torch.no_grad():
-            return lesson05.run_unet(unet, torch.zeros_like(z), torch.tensor([500]), context, c_S, t)
+            return lesson05.run_unet(unet, torch.zeros_like(z), torch.tensor([500]), context, c_S, config)
 
     before, hidden, seen = output(z), z.clone(), z.clone()
     hidden[known:] += 100.0
@@ -84,7 +85,9 @@ def test_attention_only_has_as_many_trained_parameters(preset: str) -> None:
 
 def test_patches_are_cut_at_the_same_place_in_all_frames() -> None:
     clip = torch.rand(1, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0)).expand(2, 5, 3, 64, 96)
-    cut = lesson07.patches(clip, 6, 4, torch.Generator().manual_seed(1))
+    share = Share(range(6), 6, torch.Generator().manual_seed(1), torch.device("cpu"), lambda loss: None)
+    assert lesson07.cut_from(share) == ([0, 1], [0, 1, 0, 1, 0, 1])
+    cut = lesson07.patches(clip, [0, 1, 0, 1, 0, 1], 4, share)
     assert cut.shape == (6, 5, 3, 16, 16)
     assert torch.equal(cut, cut[:, :1].expand_as(cut))  # equal frames stay equal
     assert not torch.equal(cut[0], cut[1])  # and each patch has its own place
