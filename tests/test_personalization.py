@@ -125,11 +125,10 @@ def test_the_subject_is_called_by_the_token_and_the_class_is_not(fresh: Path, mo
     monkeypatch.setattr(Conditioner, "forward", recorded)
     lesson10.train(run, run.config, image, pictures, captions, prior, prior_captions)
     assert len(read) == run.config.steps and not any(original for original, _ in read)
-    half = run.config.batch
     for _, rows in read:
-        assert len(rows) == 2 * half
-        assert all(row.startswith("a sks car ahead ") or row.startswith("a sks car of ") for row in rows[:half])
-        assert all(row.startswith("a car ") and "sks" not in row and "purple" not in row for row in rows[half:])
+        assert len(rows) == 2 * run.config.batch  # in turn
+        assert all(row.startswith("a sks car ahead ") or row.startswith("a sks car of ") for row in rows[::2])
+        assert all(row.startswith("a car ") and "sks" not in row and "purple" not in row for row in rows[1::2])
     assert equal(before, image.conditioner.state_dict()) and equal(weights, image.weights)
     tuned = lesson10.load(run, image)
     assert not equal(tuned.conditioner.state_dict(), before)
