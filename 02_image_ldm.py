@@ -34,6 +34,7 @@ from common.autoencoder import Autoencoder
 from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions
+from common.latents import with_latents
 from common.measures import box_mask, psnr
 from common.parallel import average
 from common.pictures import plot_metrics, sheet
@@ -308,6 +309,7 @@ class Conditioned(nn.Module):
 
 def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed + 1)  # initial weights
+    source = with_latents(run, source, image)
     conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(run.device)
     model = Conditioned(image.unet(), conditioner)
     network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
@@ -488,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(NAME, config, variant)
     if config.sample_boxes:
         return draw_boxes(run, config)
-    source = open_data(config.data, config.height, config.width, config.final_fps)
+    source = open_data(config.data, config.height, config.width, config.final_fps, config.workers)
     trained = train(run, config, source, variant)
     run.end_training()
     evaluate(run, config, source, *trained)

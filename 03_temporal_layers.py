@@ -28,6 +28,7 @@ from common.blocks import TemporalOptions
 from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import conditions
+from common.latents import with_latents
 from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
@@ -126,6 +127,7 @@ def load_temporal(run: Run, image) -> dict[str, torch.Tensor]:
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list]:
     torch.manual_seed(config.seed)  # initial temporal weights
+    source = with_latents(run, source, image)
     unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
     unet.train_temporal_only()  # theta frozen, phi and alpha learn
     network, optimizer, ema = run.parallel(unet), adamw(unet, config.lr), EMA(unet, config.ema_decay)
@@ -304,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     run = Run(NAME, config)
     image = lesson02.load(run)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
     unet, ema, history = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, image, unet, ema, history)

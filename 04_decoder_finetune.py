@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         image = StableDiffusion(config.backbone, None, *config.size, device=run.device)
     else:
         image = lesson02.load(run)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)
     run.end_training()

@@ -29,6 +29,7 @@ from common.blocks import TemporalOptions
 from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import ImageModel
+from common.latents import with_latents
 from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
@@ -186,6 +187,7 @@ def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
+    source = with_latents(run, source, image)
     if config.end_to_end:
         image.weights = {}
     unet = build(config, image)
@@ -345,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     run = Run(NAME, config, variant_of(config))
     image = lesson02.load(run, "pixel" if config.pixel else "")
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
     unet, ema = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, image, unet, ema)

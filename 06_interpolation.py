@@ -25,6 +25,7 @@ from torch import nn
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
 from common.diffusion import guide
+from common.latents import with_latents
 from common.measures import psnr, sharpness
 from common.pictures import animation, plot_metrics, sheet
 from common.training import (
@@ -141,6 +142,7 @@ def both_rates(source, key: tuple[int, ...], rows: Sequence[int], batch: int,
 
 def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
+    source = with_latents(run, source, image)
     model = Interpolator(config, image).to(run.device)
     lesson03.grow(model.unet, lesson03.load_temporal(run, image))
     network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
@@ -288,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     run = Run(NAME, config)
     image = lesson02.load(run)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
     model, ema = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, image, model, ema)

@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     image = lesson02.load(run)
     if config.patch > min(image.config.height, image.config.width):
         raise UserError(f"--patch {config.patch}: larger than the frames, {image.config.height} x {image.config.width}")
-    source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps)
+    source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps,
+                       config.workers)
     model = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, model.eval())

@@ -38,6 +38,7 @@ from common.blocks import TemporalOptions, sinusoids
 from common.data import Clips, open_data
 from common.diffusion import guide
 from common.image_model import ImageModel, conditions
+from common.latents import with_latents
 from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
 from common.parallel import whole
@@ -154,7 +155,7 @@ def planned(config) -> ImageModel:
 
 def train_spatial(run: Run, config: Config, source, image) -> None:
     """The WebVid step: the spatial layers alone on single frames of the videos, Eq. (1); the result is `image`'s."""
-    unet = image.unet()
+    source, unet = with_latents(run, source, image), image.unet()
     network = run.parallel(unet, shard=config.shard)
     optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
     parts = {"model": unet, "optimizer": optimizer, "ema": ema}
@@ -195,6 +196,7 @@ def token_width(image) -> int:
 
 def train_key_frames(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
+    source = with_latents(run, source, image)
     unet = key_frame_model(config, image)
     network = run.parallel(unet, shard=config.shard)
     optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
@@ -288,6 +290,7 @@ def augmented(image, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor, e
 def train_interpolation(run: Run, config: Config, source, image, key_frames: dict) -> tuple[nn.Module, EMA]:
     """key_frames: the trained temporal weights, where this begins (as the paper's model on SD 2.1 does)."""
     torch.manual_seed(config.seed + 1)
+    source = with_latents(run, source, image)
     model = Interpolator(config, image)
     model.unet.load_state_dict(key_frames, strict=False)
     network = run.parallel(model, shard=config.shard)
@@ -539,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
         return show(config)
     run = Run(NAME, config)
     image = open_backbone(run, config, config.keep_captions)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
     if config.spatial_steps:
         train_spatial(run, config, source, image)
     unet, ema = train_key_frames(run, config, source, image)

@@ -21,6 +21,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +76,9 @@ def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([*key, i, SPLITS.index(split)], spawn_key=(1,)))
 
 
-def batch(frames: list[np.ndarray], night: list, cars: list, boxes: np.ndarray, captions: list[str],
-          speed: list[float], curvature: list[float]) -> Clips:
-    """Clips from frames (t h w c, uint8) and labels, one entry a clip; boxes: b t MAX_CARS 4."""
-    video = rearrange(torch.from_numpy(np.stack(frames)), "b t h w c -> b t c h w").float() / 127.5 - 1
-    labels = torch.tensor(night, dtype=torch.int64), torch.tensor(cars, dtype=torch.int64)
-    return Clips(video.contiguous(), *labels, torch.from_numpy(boxes), captions, torch.tensor(speed),
-                 torch.tensor(curvature))
+def as_video(frames: np.ndarray) -> torch.Tensor:
+    """Frames b t h w c, uint8, to b t c h w in [-1, 1]."""
+    return (rearrange(torch.from_numpy(frames), "b t h w c -> b t c h w").float() / 127.5 - 1).contiguous()
 
 
 @functools.cache  # every message once, however often the same folder or request comes
@@ -113,10 +111,12 @@ class DrivingScenes:
         scenes = [self.scene([*key, i, SPLITS.index(split)]) for i in rows]
         times = [keyed(key, i, split).uniform(0, 20) + np.arange(frames) / fps for i in rows]
         watched = list(zip(scenes, times, strict=True))
-        return batch([scene.render(t, self.height, self.width) for scene, t in watched],
-                     [int(scene.night) for scene in scenes], [scene.car_count(t) for scene, t in watched],
-                     np.stack([scene.boxes(t) for scene, t in watched]), [scene.caption for scene in scenes],
-                     [scene.speed for scene in scenes], [scene.curvature for scene in scenes])
+        return Clips(
+            as_video(np.stack([scene.render(t, self.height, self.width) for scene, t in watched])),
+            torch.tensor([int(scene.night) for scene in scenes]),
+            torch.tensor([scene.car_count(t) for scene, t in watched]),
+            torch.from_numpy(np.stack([scene.boxes(t) for scene, t in watched])), [scene.caption for scene in scenes],
+            torch.tensor([scene.speed for scene in scenes]), torch.tensor([scene.curvature for scene in scenes]))
 
 
 # %% One clip of a folder: first when its frames are shown, then the frames that are wanted
@@ -368,21 +368,30 @@ class VideoFolder:
 
         A clip is drawn as often as it is long. Raises UserError when none is long and fast enough.
         """
+        chosen = self.choose(key, rows, frames, fps, split)
+        video = np.stack([self.frames(*one) for one in chosen])
+        clips = self.describe([recording for recording, _ in chosen], frames)
+        return dataclasses.replace(clips, video=as_video(video))
+
+    def choose(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+               split: str) -> list[tuple[Recording, np.ndarray]]:
+        """From which recording each clip is, and which of its frames."""
         if (frames, fps, split) not in self.pools:
             self.pools[frames, fps, split] = self.pool(frames, fps, split)
         pool = self.pools[frames, fps, split]
-        share = np.array([len(r.times) for r in pool]) / sum(len(r.times) for r in pool)
-        chosen, video = [], []
+        share, chosen = np.array([len(r.times) for r in pool]) / sum(len(r.times) for r in pool), []
         for i in range(rows) if isinstance(rows, int) else rows:
             rng = keyed(key, i, split)
             recording = pool[rng.choice(len(pool), p=share)]
             start = recording.times[0] + rng.uniform(0, max(recording.seconds - (frames - 1) / fps, 0.0))
-            video.append(self.frames(recording, nearest(recording.times, start + np.arange(frames) / fps)))
-            chosen.append(recording)
-        night, cars, captions = zip(*((r.night, r.cars, r.caption) for r in chosen), strict=True)
-        unknown = [math.nan] * len(chosen)
-        return batch(video, night, cars, np.zeros((len(chosen), frames, MAX_CARS, 4), np.float32), list(captions),
-                     unknown, unknown)
+            chosen.append((recording, nearest(recording.times, start + np.arange(frames) / fps)))
+        return chosen
+
+    def describe(self, recordings: list[Recording], frames: int) -> Clips:
+        """What is known about clips, without their video."""
+        night, cars, captions = zip(*((r.night, r.cars, r.caption) for r in recordings), strict=True)
+        boxes, unknown = torch.zeros(len(recordings), frames, MAX_CARS, 4), torch.full((len(recordings),), math.nan)
+        return Clips(torch.empty(0), torch.tensor(night), torch.tensor(cars), boxes, list(captions), unknown, unknown)
 
     def pool(self, frames: int, fps: float, split: str) -> list[Recording]:
         """The long and fast enough clips of a split; where it has none, the other split's, with a note."""
@@ -413,8 +422,46 @@ class VideoFolder:
         return recording.kept[indices]
 
 
-def open_data(data: str, height: int, width: int, final_fps: float) -> DrivingScenes | VideoFolder:
+class Ahead:
+    """A source whose training clips are made by worker processes while the step before is computed.
+
+    Keys of training clips are (seed, lesson, step, ...), and steps follow each other: what comes next is known.
+    """
+
+    def __init__(self, source: DrivingScenes | VideoFolder, workers: int) -> None:
+        self.source, self.workers, self.coming = source, workers, {}
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(source,))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+              split: str = "train") -> Clips:
+        if split != "train" or len(key) < 3:
+            return self.source.clips(key, rows, frames, fps, split)
+        seed, lesson, step, *rest = key
+        rows = range(rows) if isinstance(rows, int) else rows
+        asked = [((seed, lesson, step + i, *rest), tuple(rows), frames, fps) for i in range(self.workers + 1)]
+        for one in asked[asked[0] not in self.coming :]:  # what nobody has begun is made here
+            if one not in self.coming:
+                self.coming[one] = self.pool.submit(make_clips, *one)
+        made = self.coming.pop(asked[0], None)
+        return self.source.clips(*asked[0]) if made is None else made.result()
+
+
+def start_worker(source: DrivingScenes | VideoFolder) -> None:
+    global worker_source  # of this process; sending it along with every request would take longer than the request
+    worker_source = source
+    torch.set_num_threads(1)
+
+
+def make_clips(*request: object) -> Clips:
+    return worker_source.clips(*request)
+
+
+def open_data(data: str, height: int, width: int, final_fps: float,
+              workers: int = 0) -> DrivingScenes | VideoFolder | Ahead:
     """The built-in scenes for "driving", else a folder of videos. Raises UserError."""
-    if data == "driving":
-        return DrivingScenes(height, width, final_fps)
-    return VideoFolder(Path(data).expanduser(), height, width, final_fps)
+    source = (DrivingScenes(height, width, final_fps) if data == "driving" else
+              VideoFolder(Path(data).expanduser(), height, width, final_fps))
+    return Ahead(source, workers) if workers else source

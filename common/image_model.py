@@ -121,9 +121,9 @@ class ImageModel:
         return build_autoencoder(self.config, block)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Frames `b t 3 H W` to latents `(b t) c h w`; pixels stay pixels for the pixel baseline."""
+        """Frames `b t 3 H W` to latents `(b t) c h w`; pixels stay pixels for the pixel baseline, latents latents."""
         frames = rearrange(video, "b t c h w -> (b t) c h w").to(self.device)
-        if self.config.pixel:
+        if frames.shape[1:] == self.shape:
             return frames
         with torch.no_grad():
             return self.autoencoder.encode(frames.contiguous(memory_format=torch.channels_last)).float()

@@ -77,12 +77,14 @@ class TrainingConfig(BaseConfig):
     accumulate: int = 1  # portions in which a process computes its share of the batch; more of them need less memory
     checkpointing: bool = False  # recompute activations in the backward pass, for less memory
     workers: int = 0  # processes that prepare the clips of the next steps
+    cache_latents: bool = False  # keep the latents of the frames of --data in OUT/latents, where latents are trained on
     flops: float = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
 
 
 # what may differ between two runs into the same folder
 RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
-                  "sample_boxes", "keep_captions", "accumulate", "checkpointing", "workers", "flops", "shard"}
+                  "sample_boxes", "keep_captions", "accumulate", "checkpointing", "workers", "cache_latents",
+                  "flops", "shard"}
 
 
 def field_help(config_class: type) -> dict[str, str]:

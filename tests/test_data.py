@@ -1,6 +1,7 @@
 """common/data.py: frames by time stamp, crops, splits, labels, and notes on clips that cannot serve."""
 
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from common import data
 from common.data import VideoFolder, open_data
-from common.training import UserError
+from common.latents import with_latents
+from common.training import Run, UserError, preset_config
 
 
 @pytest.fixture(autouse=True)
@@ -258,3 +260,37 @@ def test_without_pyav(tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_bytes(b"")
     with pytest.raises(UserError, match=r"pip install av.*videoldm\[video\]"):
         open_data(str(tmp_path), 16, 32, 25.0)
+
+
+def test_workers_and_chosen_numbers_give_the_same_clips(tmp_path):
+    five_clips(tmp_path)
+    for data in ("driving", str(tmp_path)):
+        source, ahead = open_data(data, 16, 32, 10.0), open_data(data, 16, 32, 10.0, workers=2)
+        assert ahead.labelled == source.labelled
+        for step in range(3):
+            ours, theirs = ahead.clips((0, 3, step), [2, 0], 2, 5.0), source.clips((0, 3, step), 3, 2, 5.0)
+            assert torch.equal(ours.video, theirs.video[[2, 0]]) and torch.equal(ours.night, theirs.night[[2, 0]])
+            assert all(request[0][2] > step for request in ahead.coming) and len(ahead.coming) == 2
+        ahead.pool.shutdown(cancel_futures=True)
+
+
+def test_kept_latents_are_those_of_the_frames(tmp_path, monkeypatch):
+    five_clips(tmp_path / "clips")
+    write_frames(tmp_path / "clips" / "moving", 20, 10)
+    lesson02 = import_module("02_image_ldm")
+    image = lesson02.ImageModel(preset_config(lesson02.Config, lesson02.PRESETS, "smoke", height=16, width=32))
+    config = preset_config(lesson02.Config, lesson02.PRESETS, "smoke", data=str(tmp_path / "clips"),
+                           out=str(tmp_path / "out"), precision="float32", cache_latents=True)  # fmt: skip
+    run, source = Run("02_image_ldm", config), open_data(config.data, 16, 32, 10.0)
+    kept, asked = with_latents(run, source, image), ((0, 2, 1), 4, 3, 5.0)
+    ours, theirs = kept.clips(*asked), source.clips(*asked)
+    assert ours.video.shape == (4, 3, *image.shape) and torch.equal(ours.night, theirs.night)
+    torch.testing.assert_close(image.encode(ours.video), image.encode(theirs.video), rtol=2e-3, atol=2e-3)  # halves
+    monkeypatch.setattr(image, "autoencoder", None)  # what is there is not made again, by another run neither
+    assert torch.equal(ours.video, kept.clips(*asked).video)
+    image = lesson02.ImageModel(preset_config(lesson02.Config, lesson02.PRESETS, "smoke", height=16, width=32))
+    other = with_latents(run, source, image)  # another autoencoder
+    assert other.folder != kept.folder and not list(kept.folder.glob("*.part"))
+    run.config.data = "driving"
+    with pytest.raises(UserError, match="driving scenes never come twice"):
+        with_latents(run, source, image)
