@@ -58,6 +58,7 @@ from common.training import (
     load_part,
     parse,
     preset_config,
+    training_cost,
     training_loop,
 )
 
@@ -170,6 +171,14 @@ def planned(config: BaseConfig, variant: str = "") -> ImageModel:
         pixel = variant == "pixel"
         image = preset_config(Config, presets(variant), config.preset, data=config.data, pixel=pixel)
         return ImageModel(image, "meta")
+
+
+def planned_input(image: ImageModel, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Latents of a clip, its diffusion time and its context, on the meta device."""
+    with torch.device("meta"):
+        tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[image.config.condition]
+        context = torch.zeros(1, tokens, image.config.context_dim) if tokens else None
+        return torch.zeros(frames, *image.shape), torch.zeros(1), context
 
 
 def load(run: Run, variant: str = "") -> ImageModel:
@@ -477,8 +486,9 @@ def main(argv: list[str] | None = None) -> None:
         models = {"unet": unet, "conditioner": conditioner} | (
             {} if config.pixel else {"autoencoder": image.autoencoder}
         )
-        tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[config.condition]
-        return dry_run(
+        z, tau, context = planned_input(image, 1)
+        tokens = 0 if context is None else context.shape[1]
+        dry_run(
             config,
             models,
             {
@@ -487,6 +497,12 @@ def main(argv: list[str] | None = None) -> None:
                 "context": (config.batch, tokens, config.context_dim if tokens else 0),
             },
         )
+        training_cost(config, "unet", unet, lambda: unet(z, tau, context), config.batch, config.steps)
+        if not config.pixel:
+            x = torch.zeros(1, 3, config.height, config.width, device="meta")
+            training_cost(config, "autoencoder", image.autoencoder, lambda: image.autoencoder(x, z)[0], config.ae_batch,
+                          config.ae_steps)
+        return
     run = Run(NAME, config, variant)
     if config.sample_boxes:
         return draw_boxes(run, config)

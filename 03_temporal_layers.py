@@ -45,6 +45,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     parse,
+    training_cost,
     training_loop,
 )
 
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):
             unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
         unet.train_temporal_only()
-        return dry_run(
+        dry_run(
             config,
             {"unet": unet},
             {
@@ -304,6 +305,9 @@ def main(argv: list[str] | None = None) -> None:
                 "network input": (config.batch * config.frames, *image.shape),
             },
         )
+        z, tau, context = lesson02.planned_input(image, config.frames)
+        forward = lambda: unet(z, tau, context, frames=config.frames)  # noqa: E731
+        return training_cost(config, "unet", unet, forward, config.batch, config.steps)
     run = Run(NAME, config)
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)

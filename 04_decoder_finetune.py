@@ -51,6 +51,7 @@ from common.training import (
     load_checkpoint,
     load_part,
     parse,
+    training_cost,
     training_loop,
 )
 
@@ -349,8 +350,12 @@ def main(argv: list[str] | None = None) -> None:
             critic = VideoDiscriminator()
         train_decoder(autoencoder, config.freeze_spatial)
         video = (config.batch, config.frames, 3, image.config.height, image.config.width)
-        return dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
-                       {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
+        dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
+                {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
+        set_frames(autoencoder, config.frames)
+        z = torch.zeros(config.frames, *image.shape, device="meta")
+        forward = lambda: autoencoder.decode(z)  # noqa: E731
+        return training_cost(config, "decoder", autoencoder, forward, config.batch, config.steps)
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
     if config.backbone:
         image = StableDiffusion(config.backbone, None, *config.size, device=run.device)

@@ -49,6 +49,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     parse,
+    training_cost,
     training_loop,
 )
 
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         image = lesson02.planned(config, "pixel" if config.pixel else "")
         with torch.device("meta"):
             unet = build(config, image)
-        return dry_run(
+        dry_run(
             config,
             {"unet": unet},
             {
@@ -345,6 +346,10 @@ def main(argv: list[str] | None = None) -> None:
                 "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:]),
             },
         )
+        z, tau, context = lesson02.planned_input(image, config.frames)
+        c_S = torch.cat([z, z[:, :1]], dim=1)
+        forward = lambda: run_unet(unet, z, tau, context, c_S, config)  # noqa: E731
+        return training_cost(config, "unet", unet, forward, config.batch, config.steps)
     run = Run(NAME, config, variant_of(config))
     image = lesson02.load(run, "pixel" if config.pixel else "")
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)

@@ -42,6 +42,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     parse,
+    training_cost,
     training_loop,
 )
 
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         image = lesson02.planned(config)
         with torch.device("meta"):
             model = Interpolator(config, image)
-        return dry_run(
+        dry_run(
             config,
             {"model": model},
             {
@@ -288,6 +289,10 @@ def main(argv: list[str] | None = None) -> None:
                 "stage token": (config.batch, 1, config.stage_dim),
             },
         )
+        z, tau, context = lesson02.planned_input(image, FRAMES)
+        c_S, stage = torch.cat([z, z[:, :1]], dim=1), torch.zeros(1, dtype=torch.long, device="meta")
+        forward = lambda: model(z, tau, context, c_S, stage)  # noqa: E731
+        return training_cost(config, "model", model, forward, config.batch, config.steps)
     run = Run(NAME, config)
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)

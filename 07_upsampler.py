@@ -47,6 +47,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     parse,
+    training_cost,
     training_loop,
 )
 from common.unet import UNet
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)
         model.unet.train_temporal_only()
         large = (SCALE * image.config.height, SCALE * image.config.width)
-        return dry_run(
+        dry_run(
             config,
             {"model": model},
             {
@@ -316,6 +317,10 @@ def main(argv: list[str] | None = None) -> None:
                 "large frames": (config.frames, 3, *large),
             },
         )
+        side, one = SCALE * config.patch, torch.zeros(1, device="meta")
+        x, small = (torch.zeros(config.frames, 3, n, n, device="meta") for n in (side, config.patch))
+        forward = lambda: model(x, one, small, one, config.frames)  # noqa: E731
+        return training_cost(config, "model", model, forward, config.batch, config.steps)
     run = Run(NAME, config)
     image = lesson02.load(run)
     if config.patch > min(image.config.height, image.config.width):

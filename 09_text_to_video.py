@@ -524,10 +524,11 @@ def show_plan(config: Config) -> None:
                                      *image.shape[1:]), "interpolation tokens": (config.interpolation_batch, 2, d)})
     z = torch.zeros(t, *image.shape, device="meta")
     tau, text = torch.zeros(1, device="meta"), torch.zeros(1, 77, d, device="meta")
-    training_cost("unet", unet, lambda: unet(z, tau, text, frames=t, time_context=text), b)
+    training_cost(config, "unet", unet, lambda: unet(z, tau, text, frames=t, time_context=text), b, config.steps)
     z = torch.zeros(lesson06.FRAMES, *image.shape, device="meta")
     known = torch.zeros(lesson06.FRAMES, image.shape[0] + 1, *image.shape[1:], device="meta")
-    training_cost("interpolation", model, lambda: model(z, tau, text, known, tau, tau), config.interpolation_batch)
+    training_cost(config, "interpolation", model, lambda: model(z, tau, text, known, tau, tau),
+                  config.interpolation_batch, config.interpolation_steps)
 
 
 def main(argv: list[str] | None = None) -> None:

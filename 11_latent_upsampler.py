@@ -347,7 +347,7 @@ def show_plan(config: Config) -> None:
     })  # fmt: skip
     z, known = (torch.zeros(t, channels, p, p, device="meta") for channels in (c, 3))
     one, text = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, n, d, device="meta")
-    training_cost("unet", unet, lambda: denoise(unet, z, one, known, one, text, t), b)
+    training_cost(config, "unet", unet, lambda: denoise(unet, z, one, known, one, text, t), b, config.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -478,10 +478,12 @@ def dry_run(config: BaseConfig, models: dict[str, nn.Module], shapes: dict[str, 
         print(f"{name}: {tuple(shape) if isinstance(shape, torch.Size) else shape}")
 
 
-def training_cost(name: str, module: nn.Module, step: Callable[[], torch.Tensor], batch: int) -> None:
-    """More rows for --dry-run: FLOPs and memory of a training step, counted on the meta device.
+def training_cost(config: TrainingConfig, name: str, module: nn.Module, forward: Callable[[], torch.Tensor], batch: int,
+                  steps: int) -> None:
+    """More rows for --dry-run: FLOPs and memory of a training step, counted on the meta device; with --flops, the time.
 
-    step: a forward pass of one clip. Weights, gradients, AdamW's moments and the moving average count in float32, what
+    forward: a forward pass of one sample (clip) of the batch. What is computed without gradients, as latents are, does
+    not count, nor what --checkpointing computes again. Weights, gradients, AdamW's moments and the moving average count in float32, what
     the backward pass keeps in bfloat16 (a frozen network could keep its weights so as well, which would save more).
     """
     own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
@@ -493,15 +495,19 @@ def training_cost(name: str, module: nn.Module, step: Callable[[], torch.Tensor]
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = step()
+        output = forward()
         activations = sum(storage.nbytes() for storage in kept.values()) // 2
         output.sum().backward()
     weights = 4 * count(module)
     trained = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    print(f"{name} FLOPs per training step: {counter.get_total_flops() * batch:.4g}")
+    flops = counter.get_total_flops() * batch
+    print(f"{name} FLOPs per training step: {flops:.4g}")
+    if config.flops:
+        hours = flops * steps / config.flops / 3600
+        print(f"{name} time of {steps} steps at {config.flops:.3g} FLOP/s: {hours:.3g} h")
     print(f"{name} memory, weights: {weights / 2**30:.2f} GiB")
     print(f"{name} memory, gradients, AdamW and moving average: {4 * trained / 2**30:.2f} GiB")
-    print(f"{name} memory, activations of one clip: {activations / 2**30:.2f} GiB")
+    print(f"{name} memory, activations of one sample: {activations / 2**30:.2f} GiB")
 
 
 # %% EMA and the loop

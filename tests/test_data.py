@@ -264,8 +264,8 @@ def test_without_pyav(tmp_path, monkeypatch):
 
 def test_workers_and_chosen_numbers_give_the_same_clips(tmp_path):
     five_clips(tmp_path)
-    for data in ("driving", str(tmp_path)):
-        source, ahead = open_data(data, 16, 32, 10.0), open_data(data, 16, 32, 10.0, workers=2)
+    for where in ("driving", str(tmp_path)):
+        source, ahead = open_data(where, 16, 32, 10.0), open_data(where, 16, 32, 10.0, workers=2)
         assert ahead.labelled == source.labelled
         for step in range(3):
             ours, theirs = ahead.clips((0, 3, step), [2, 0], 2, 5.0), source.clips((0, 3, step), 3, 2, 5.0)

@@ -94,6 +94,7 @@ def test_dry_run_prints_rows_and_writes_nothing(
     import_module(name).main(["--preset", preset, "--dry-run", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert all(": " in line for line in lines) and any("parameters: " in line for line in lines)
+    assert name in ("01_toy_alignment", "08_sample_long") or any("FLOPs per training step: " in line for line in lines)
     assert not (tmp_path / "out").exists()
 
 
@@ -105,7 +106,9 @@ def rows_of(name: str, capsys: pytest.CaptureFixture, *flags: str) -> dict[str, 
 def test_the_paper_preset_is_table_6(capsys: pytest.CaptureFixture) -> None:
     image = rows_of("02_image_ldm", capsys)
     assert image["latents"] == "(640, 4, 16, 32)" and image["channels"] == "224" and image["regularizer"] == "vq"
-    prediction = rows_of("05_prediction", capsys)
+    prediction = rows_of("05_prediction", capsys, "--flops", "1e15")
+    hours = float(prediction["unet FLOPs per training step"]) * 146_000 / 1e15 / 3600
+    assert prediction["unet time of 146000 steps at 1e+15 FLOP/s"] == f"{hours:.3g} h"
     assert prediction["c_S"] == "(360, 10, 5, 16, 32)" and prediction["known_features"] == "128"
     assert prediction["ddim_steps"] == "200" and prediction["eta"] == "1.0" and prediction["guidance"] == "2.0"
     interpolation = rows_of("06_interpolation", capsys)
