@@ -483,8 +483,9 @@ def training_cost(config: TrainingConfig, name: str, module: nn.Module, forward:
     """More rows for --dry-run: FLOPs and memory of a training step, counted on the meta device; with --flops, the time.
 
     forward: a forward pass of one sample (clip) of the batch. What is computed without gradients, as latents are, does
-    not count, nor what --checkpointing computes again. Weights, gradients, AdamW's moments and the moving average count in float32, what
-    the backward pass keeps in bfloat16 (a frozen network could keep its weights so as well, which would save more).
+    not count, nor what --checkpointing computes again. Weights, gradients, AdamW's moments and the moving average count
+    in float32, what the backward pass keeps in bfloat16 (a frozen network could keep its weights so as well, which
+    would save more).
     """
     own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
@@ -615,6 +616,8 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
         extra.update({k: v for k, v in content.items() if k not in (*parts, "script", "step", "config")})
     if run.rank == 0:
         keep_rows_before(run.metrics, start)
+        for part in run.folder.glob(f"{file}*.part"):
+            part.unlink()  # of a run that was killed while it saved
     previous = {}
     with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
