@@ -7,13 +7,15 @@
 unet: the same video U-Net with the same weights here and in diffusers (UNetSpatioTemporalConditionModel), forward,
 temporal training step (spatial layers frozen) and full training step; and, doing the same job with as many parameters,
 lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guidance. training: the training steps of
-the lessons at the cpu preset, data included. decoder: frames decoded and a step of lesson 4. long: lesson 8.
+the lessons at the cpu preset, data included. decoder: frames decoded and a step of lesson 4. long: lesson 8. growth:
+the temporal training step against frames, latent size, batch and processes, each beside the power law one expects.
 
 Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
 trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
 what a matrix product of 2048 x 2048 reaches in bfloat16 in the same run. Nothing here is asserted: machines differ.
 
-Writes results/benchmarks.json (every repetition), benchmarks.md, or with a GPU benchmarks_NAME.json and .md.
+Writes results/benchmarks.json (every repetition), benchmarks.md and benchmarks.png (growth), or with a GPU
+benchmarks_NAME.
 Needs: pip install "videoldm[bench]" for the networks of others; what is not installed is left out, and said so.
 """
 
@@ -21,6 +23,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import resource
@@ -43,6 +46,7 @@ sys.path.insert(0, str(ROOT))  # the lessons are scripts beside this folder
 
 from common.blocks import TemporalOptions  # noqa: E402
 from common.diffusion import Diffusion, guide  # noqa: E402
+from common.pictures import plt, save_figure  # noqa: E402
 from common.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
 from common.training import (  # noqa: E402
     CHECKPOINTS,
@@ -54,12 +58,13 @@ from common.training import (  # noqa: E402
     is_temporal,
     keep_freed_memory,
     pick_device,
+    pick_dtype,
     preset_config,
     write_text,
 )
 from common.unet import UNet  # noqa: E402
 
-WHAT = ("unet", "sampling", "training", "decoder", "long")
+WHAT = ("unet", "sampling", "training", "decoder", "long", "growth")
 AGAINST = ("diffusers", "lucidrains")
 CLIPS, FRAMES, HEIGHT, WIDTH, TEXT = 2, 8, 16, 32, 64  # latents 4 x 16 x 32; tokens are 64 wide
 SAMPLING_STEPS, SCALE = 8, 2.0
@@ -413,6 +418,82 @@ def long_rows(clock: Clock) -> list[dict]:
     return rows
 
 
+GROWTH = {  # sizes, and the exponent that is expected: why
+    "frames": ((4, 8, 16, 32), 1.0, "all layers but temporal attention are linear in T"),
+    "latent pixels": ((128, 512, 2048, 8192), 1.0, "convolutions; spatial attention adds towards 2"),
+    "clips in a batch": ((1, 2, 4, 8), 1.0, "samples do not meet"),
+    "processes": ((1, 2), -1.0, "a thread each, the same batch"),
+}
+
+
+def growth_rows(clock: Clock) -> list[dict]:
+    """Seconds of a temporal training step, one size at a time changed from 8 frames of 16 x 32 latents, 1 clip."""
+    rows = []
+    for axis, (sizes, expected, why) in GROWTH.items():
+        for size in sizes:
+            each = (steps_by_processes(size, clock.repeats) if axis == "processes" else
+                    steps_of_size(clock, **{axis.split()[-1]: size}))
+            rows.append({"row": f"growth: {size} {axis}", "ours": each, "axis": axis, "size": size,
+                         "expected": expected, "why": why})
+            print(f"{rows[-1]['row']}: {statistics.median(each):.3f} s")
+    return rows
+
+
+def steps_of_size(clock: Clock, frames: int = 8, pixels: int = 512, batch: int = 1) -> list[float]:
+    unet = channels_last(ours_of_width(64)).to(clock.device)
+    unet.train_temporal_only()
+    height = round((pixels / 2) ** 0.5)
+    x = torch.randn(batch * frames, 4, height, 2 * height, device=clock.device)
+    tau, text = torch.full((batch,), 500, device=clock.device), torch.randn(batch, 1, TEXT, device=clock.device)
+    optimizer, dtype = adamw(unet, 1e-5), pick_dtype("auto", clock.device)
+
+    def step() -> None:
+        with torch.autocast(clock.device.type, dtype, enabled=dtype != torch.float32):
+            output = unet(x.contiguous(memory_format=torch.channels_last), tau, text, frames=frames, time_context=text)
+        output.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    return [clock.seconds(step) for _ in range(clock.repeats)]
+
+
+def steps_by_processes(processes: int, repeats: int) -> list[float]:
+    """Lesson 3 under torchrun, on the weights in checkpoints/: what 5 steps and what 25 take, the difference by 20."""
+    found = []
+    for _ in range(max(1, repeats // 3)):
+        seconds = []
+        for steps in (5, 25):
+            with tempfile.TemporaryDirectory() as out:
+                shutil.copytree(CHECKPOINTS / "02_image_ldm", Path(out) / "02_image_ldm")
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           str(processes), str(ROOT / "03_temporal_layers.py"), "--threads", "1", "--batch", "4",
+                           "--steps", str(steps), "--samples", "1", "--ddim-steps", "1", "--out", out]
+                start = time.perf_counter()
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                seconds.append(time.perf_counter() - start)
+        found.append((seconds[1] - seconds[0]) / 20)
+    return found
+
+
+def growth_figure(rows: list[dict], path: Path) -> None:
+    """Measured seconds over size, the power law through their ends, and the expected one."""
+    figure, axes = plt.subplots(1, len(GROWTH), figsize=(3.2 * len(GROWTH), 3), constrained_layout=True)
+    for axis, (name, (_, expected, why)) in zip(axes, GROWTH.items(), strict=True):
+        sizes, seconds = zip(*((r["size"], statistics.median(r["ours"])) for r in rows if r["axis"] == name),
+                             strict=True)  # fmt: skip
+        found = math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+        axis.loglog(sizes, seconds, "o-", label=f"measured, exponent {found:.2f}")
+        axis.loglog(sizes, [seconds[0] * (size / sizes[0]) ** expected for size in sizes], "--", color="grey",
+                    label=f"expected {expected:g}")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{name}\n({why})", fontsize=8)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("seconds of a training step")
+    save_figure(figure, path)
+
+
 MEASURED = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
@@ -487,12 +568,15 @@ def main(argv: list[str] | None = None) -> None:
         if what in ("unet", "sampling"):
             rows = unet_rows(clock, against, options.widths, what == "sampling")
         else:
-            rows = {"training": training_rows, "decoder": decoder_rows, "long": long_rows}[what](clock)
+            measure = {"training": training_rows, "decoder": decoder_rows, "long": long_rows, "growth": growth_rows}
+            rows = measure[what](clock)
         parts[what] = {"hardware": hardware(clock), "rows": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"parts": parts}, indent=1) + "\n")
         text = "\n".join(f"**{name}**: {table(part)}" for name, part in parts.items())
         write_text(path.with_suffix(".md"), text)
+        if what == "growth":
+            growth_figure(rows, path.with_suffix(".png"))
     print(f"results: {path}, {path.with_suffix('.md')}")
 
 

@@ -287,9 +287,7 @@ class Run:
 
         shard: cut the weights up as well, in place; before the optimizer and the average are made.
         """
-        for part in module.modules():
-            if hasattr(part, "checkpointing"):
-                part.checkpointing = getattr(self.config, "checkpointing", False)
+        use_checkpointing(module, self.config)
         if self.processes == 1:
             return getattr(module, method)
         network = (parallel.shard(module, self.device) if shard else
@@ -478,6 +476,13 @@ def dry_run(config: BaseConfig, models: dict[str, nn.Module], shapes: dict[str, 
         print(f"{name}: {tuple(shape) if isinstance(shape, torch.Size) else shape}")
 
 
+def use_checkpointing(module: nn.Module, config: BaseConfig) -> None:
+    """--checkpointing, in every U-Net that a module consists of."""
+    for part in module.modules():
+        if hasattr(part, "checkpointing"):
+            part.checkpointing = getattr(config, "checkpointing", False)
+
+
 def training_cost(config: TrainingConfig, name: str, module: nn.Module, forward: Callable[[], torch.Tensor], batch: int,
                   steps: int) -> None:
     """More rows for --dry-run: FLOPs and memory of a training step, counted on the meta device; with --flops, the time.
@@ -487,6 +492,7 @@ def training_cost(config: TrainingConfig, name: str, module: nn.Module, forward:
     in float32, what the backward pass keeps in bfloat16 (a frozen network could keep its weights so as well, which
     would save more).
     """
+    use_checkpointing(module, config)
     own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
