@@ -487,6 +487,7 @@ def growth_figure(rows: list[dict], path: Path) -> None:
         axis.loglog(sizes, [seconds[0] * (size / sizes[0]) ** expected for size in sizes], "--", color="grey",
                     label=f"expected {expected:g}")
         axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_yticks(seconds, [f"{each:.2g}" for each in seconds])
         axis.minorticks_off()
         axis.set_xlabel(f"{name}\n({why})", fontsize=8)
         axis.legend(fontsize=7)
