@@ -56,6 +56,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     load_part,
+    one_process,
     parse,
     preset_config,
     training_cost,
@@ -503,6 +504,8 @@ def main(argv: list[str] | None = None) -> None:
             training_cost(config, "autoencoder", image.autoencoder, lambda: image.autoencoder(x, z)[0], config.ae_batch,
                           config.ae_steps)
         return
+    if config.sample_boxes:
+        one_process("--sample-boxes")
     run = Run(NAME, config, variant)
     if config.sample_boxes:
         return draw_boxes(run, config)

@@ -38,7 +38,7 @@ from common.data import Clips, open_data
 from common.image_model import conditions
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.training import CHECKPOINTS, BaseConfig, Run, UserError, cli, count, known_good, parse
+from common.training import CHECKPOINTS, BaseConfig, Run, UserError, cli, count, known_good, one_process, parse
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -297,6 +297,7 @@ def frame_count(config: Config) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
+    one_process(NAME)
     if config.passes not in (0, 1, 2) or config.futures < 1 or config.seconds <= 0:
         raise UserError("--passes is 0, 1 or 2; --futures at least 1; --seconds positive")
     if config.upsampled_seconds < 0:

@@ -59,6 +59,7 @@ from common.training import (
     known_good,
     load_checkpoint,
     load_part,
+    one_process,
     parse,
     training_cost,
     training_loop,
@@ -540,6 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.key_frames < 2 or config.wider < 1 or config.reach < 0:
         raise UserError("--key-frames at least 2, --wider at least 1, --reach not negative")
     if config.prompt:
+        one_process("--prompt")
         return show(config)
     run = Run(NAME, config)
     image = open_backbone(run, config, config.keep_captions)

@@ -77,6 +77,7 @@ from common.training import (
     cli,
     load_checkpoint,
     load_part,
+    one_process,
     parse,
     preset_config,
     write_text,
@@ -1388,6 +1389,7 @@ def wilson(n: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
+    one_process(NAME)
     if config.study:
         return write_study(config)
     if config.score:

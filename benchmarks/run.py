@@ -433,8 +433,8 @@ def growth_rows(clock: Clock) -> list[dict]:
         for size in sizes:
             each = (steps_by_processes(size, clock.repeats) if axis == "processes" else
                     steps_of_size(clock, **{axis.split()[-1]: size}))
-            rows.append({"row": f"growth: {size} {axis}", "ours": each, "axis": axis, "size": size,
-                         "expected": expected, "why": why})
+            rows.append({"row": f"growth: {size} {axis}", "against": f"exponent {expected:g} expected: {why}",
+                         "ours": each, "axis": axis, "size": size})
             print(f"{rows[-1]['row']}: {statistics.median(each):.3f} s")
     return rows
 
@@ -476,14 +476,18 @@ def steps_by_processes(processes: int, repeats: int) -> list[float]:
     return found
 
 
+def exponent(sizes: tuple[int, ...], seconds: tuple[float, ...]) -> float:
+    """Of the power law through the first and the last point."""
+    return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+
+
 def growth_figure(rows: list[dict], path: Path) -> None:
     """Measured seconds over size, the power law through their ends, and the expected one."""
     figure, axes = plt.subplots(1, len(GROWTH), figsize=(3.2 * len(GROWTH), 3), constrained_layout=True)
     for axis, (name, (_, expected, why)) in zip(axes, GROWTH.items(), strict=True):
         sizes, seconds = zip(*((r["size"], statistics.median(r["ours"])) for r in rows if r["axis"] == name),
                              strict=True)  # fmt: skip
-        found = math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
-        axis.loglog(sizes, seconds, "o-", label=f"measured, exponent {found:.2f}")
+        axis.loglog(sizes, seconds, "o-", label=f"measured, exponent {exponent(sizes, seconds):.2f}")
         axis.loglog(sizes, [seconds[0] * (size / sizes[0]) ** expected for size in sizes], "--", color="grey",
                     label=f"expected {expected:g}")
         axis.set_xticks(sizes, [str(size) for size in sizes])

@@ -195,6 +195,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def one_process(what: str) -> None:
+    """Raises UserError under torchrun with several processes: they would all do the same work and write over it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{what} is work for one process; start it with python instead of torchrun")
+
+
 class Run:
     """One script's folder OUT/NN_name[-variant], its device and precision, its random numbers and its metrics.
 

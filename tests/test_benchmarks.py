@@ -60,3 +60,13 @@ def test_a_table_says_what_was_compared() -> None:
 def test_a_width_without_whole_heads_is_refused() -> None:
     with pytest.raises(UserError, match="multiples of 64"):
         bench.main(["--widths", "100"])
+
+
+def test_growth_is_a_power_law_of_each_size(tmp_path: Path) -> None:
+    assert bench.exponent((2, 4, 8), (1.0, 3.0, 16.0)) == pytest.approx(2)
+    rows = [{"axis": axis, "size": size, "ours": [size**2.0]} for axis, (sizes, *_) in bench.GROWTH.items()
+            for size in sizes]
+    bench.growth_figure(rows, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+    clock = bench.Clock(torch.device("cpu"), 1)
+    assert min(bench.steps_of_size(clock, frames=2, pixels=32)) > 0

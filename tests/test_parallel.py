@@ -122,3 +122,11 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_layer(folders: tuple[Pat
     with pytest.raises(UserError, match=where.replace("[", r"\[")):
         by_one("03_temporal_layers", "--out", tmp_path, "--steps", 5, "--resume")
     assert path.read_bytes() == before
+
+
+def test_work_for_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, *flags in (("08_sample_long",), ("12_tables",), ("09_text_to_video", "--prompt", "a car"),
+                         ("02_image_ldm", "--sample-boxes", "boxes.json")):  # fmt: skip
+        with pytest.raises(UserError, match="is work for one process; start it with python"):
+            import_module(name).main(flags)
