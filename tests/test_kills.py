@@ -24,13 +24,13 @@ from common.training import UserError, load_checkpoint, save_checkpoint  # noqa:
 
 SAVE_EVERY = 4
 SCRIPTS = {  # and the flags that make them run long enough to be killed
-    "02_image_ldm": ["--ae-steps", "300", "--steps", "300"],
-    "03_temporal_layers": ["--steps", "300"],
-    "04_decoder_finetune": ["--steps", "300"],
-    "05_prediction": ["--steps", "300"],
-    "06_interpolation": ["--steps", "300"],
-    "07_upsampler": ["--image-steps", "150", "--steps", "150"],
-    "01_toy_alignment": ["--image-steps", "4000", "--steps", "4000"],
+    "02_image_ldm": ["--ae-steps", "5000", "--steps", "5000"],
+    "03_temporal_layers": ["--steps", "5000"],
+    "04_decoder_finetune": ["--steps", "5000"],
+    "05_prediction": ["--steps", "5000"],
+    "06_interpolation": ["--steps", "5000"],
+    "07_upsampler": ["--image-steps", "2500", "--steps", "2500"],
+    "01_toy_alignment": ["--image-steps", "100000", "--steps", "100000"],
 }
 
 
