@@ -14,7 +14,7 @@ as they know neither. The subject here is a striped purple van, which no lesson 
 
 Expect at the cpu preset: the van in every frame of the personalised videos, in none of the untuned model asked for the
 same, and in 9 % of those of the tuned one asked without the token. The personalised videos are steadier than lesson 9's
-(colour changes 0.73 times as much): ten pictures leave little to change.
+(colour changes 0.72 times as much): ten pictures leave little to change.
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone, and OUT/09_text_to_video. Writes
 OUT/10_personalization/: checkpoint.pt (tuned spatial weights and text encoder), reader.pt (tells the van from other

@@ -77,7 +77,7 @@ class TrainingConfig(BaseConfig):
     accumulate: int = 1  # portions in which a process computes its share of the batch; more of them need less memory
     checkpointing: bool = False  # recompute activations in the backward pass, for less memory
     workers: int = 0  # processes that prepare the clips of the next steps
-    cache_latents: bool = False  # keep the latents of the frames of --data in OUT/latents, where latents are trained on
+    cache_latents: bool = False  # lessons 2, 3, 5, 6, 9: encode the frames of --data once, into OUT/latents
     flops: float = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
 
 
@@ -607,7 +607,8 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
     """Yields step numbers; around them it resumes, saves, shows progress and answers Ctrl-C and SIGTERM.
 
     parts: modules, optimizers and EMA by name, restored with --resume and saved every `save_every` steps, at the last
-    step and when stopped; extra: tensors and primitives to keep in the checkpoint as they are at that moment.
+    step and when stopped; extra: tensors and primitives to keep in the checkpoint as they are at that moment. After a
+    loss that is not finite the same step comes once more, watched, and ends in a UserError that names the layer.
     """
     path, start, stopped_by = run.folder / file, 0, []
     extra, run.metrics, run.last_row, run.logged = {} if extra is None else extra, run.folder / metrics, {}, {}
