@@ -162,7 +162,8 @@ class UNet(nn.Module):
             new.weight.zero_()
             new.weight[:, : old.in_channels] = old.weight
             new.bias.copy_(old.bias)
-        self.input_blocks[0][0] = new
+        # like all others: one layer that is not puts the whole first level in the slower memory format
+        self.input_blocks[0][0] = new.to(memory_format=torch.channels_last)
 
     def pyramid(self, known: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
         """c_S resized to every level by averaging (the mask is constant over a frame and stays 0 or 1)."""
