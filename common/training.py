@@ -700,13 +700,14 @@ def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, fused=True)
 
 
-def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int) -> None:
-    """Clips the gradient norm to 1 and warms the rate up linearly. Nothing here depends on the total of steps.
+def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int, steady: int = 0) -> None:
+    """Clips the gradient norm to 1 and sets the rate: linear warm-up, then `lr`, and after `steady` steps (0: never)
+    lr * sqrt(steady / step). Nothing here depends on the total of steps.
 
     Raises UserError for gradients that are not finite: one step with them would spoil the weights.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup))
+        group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup), (steady / (step + 1)) ** 0.5 if steady else 1.0)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
         if not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
             raise UserError(f"step {step}: the gradients are not finite; lower --lr (the last save is kept)")

@@ -84,7 +84,7 @@ SHOWN = {
     "06_interpolation": ("middle_frames.png", "two_passes.gif"),
     "07_upsampler": ("upsampled.png",),
     "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
-    "09_text_to_video": ("captions.png", "captions.gif", "app_d.png", "app_d_2_times_as_wide.png"),
+    "09_text_to_video": ("captions.png", "captions.gif", "app_d.png", "app_d_wide.png"),
     "10_personalization": ("instances.png", "videos.png", "personalised.gif"),
     "11_latent_upsampler": ("upsampled.png",),
 }

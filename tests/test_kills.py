@@ -30,6 +30,9 @@ SCRIPTS = {  # and the flags that make them run long enough to be killed
     "05_prediction": ["--steps", "5000"],
     "06_interpolation": ["--steps", "5000"],
     "07_upsampler": ["--image-steps", "2500", "--steps", "2500"],
+    "09_text_to_video": ["--steps", "2500", "--interpolation-steps", "2500"],
+    "10_personalization": ["--steps", "5000"],
+    "11_latent_upsampler": ["--image-steps", "2500", "--steps", "2500"],
     "01_toy_alignment": ["--image-steps", "100000", "--steps", "100000"],
 }
 
@@ -77,22 +80,23 @@ def kill_again_and_again(name: str, out: Path, kills: int, draw: random.Random) 
         before = now
 
 
-def first_image_model(out: Path) -> None:
-    """A whole lesson 2 and 3, for the others to stand on."""
-    for name in ("02_image_ldm", "03_temporal_layers"):
-        finished(start(name, out))
+def what_others_stand_on(out: Path, text: bool) -> None:
+    """A whole lesson 2 and 3; for the lessons on text also the text backbone and lesson 9."""
+    for name, *flags in (["02_image_ldm"], ["03_temporal_layers"], ["02_image_ldm", "--condition", "text"],
+                         ["09_text_to_video"])[: 4 if text else 2]:
+        finished(start(name, out, *flags))
 
 
 def killing(names: list[str], kills: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, draw = Path(folder) / "base", random.Random(seed)
-        first_image_model(base)
+        what_others_stand_on(base, text=max(names) > "08")
         for name in names:
             out = Path(folder) / name
             out.mkdir()
-            for part in ("02_image_ldm", "03_temporal_layers"):
-                if part != name:
-                    (out / part).symlink_to(base / part)
+            for part in base.iterdir():
+                if part.name != name:
+                    (out / part.name).symlink_to(part)
             kill_again_and_again(name, out, kills, draw)
             flags = [flag if not flag.isdigit() else "12" for flag in SCRIPTS[name]]
             finished(start(name, out, *flags, "--resume"))  # and it can go on to its end
@@ -137,6 +141,6 @@ def test_an_unwritable_out_is_one_line(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    total = int(sys.argv[1]) if len(sys.argv) > 1 else 56
+    total = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     killing(list(SCRIPTS), -(-total // len(SCRIPTS)), seed=0)
     print("every file loaded after every kill")

@@ -172,7 +172,7 @@ def test_what_captions_say() -> None:
 
 def test_smoke_writes_what_it_says(course: Path) -> None:
     folder = course / "09_text_to_video"
-    for name in ("captions.png", "captions.gif", "app_d.png", "app_d_4_times_as_wide.png", "middle_frames.png"):
+    for name in ("captions.png", "captions.gif", "app_d.png", "app_d_wide.png", "middle_frames.png"):
         assert (folder / name).stat().st_size > 0
     numbers = json.loads((folder / "numbers.json").read_text())
     assert "colour of the car ahead, read right, samples, chance" in numbers
