@@ -8,15 +8,15 @@ are noised a little in training (to a random level up to 250) and not when sampl
 that level in the temporal cross-attention, two tokens. It begins as the trained key-frame model.
 
   python 02_image_ldm.py --condition text     first: the toy backbone
-  python 09_text_to_video.py                  trains both models (12 minutes on 2 cores without AMX)
+  python 09_text_to_video.py                  trains both models (9 minutes on 2 cores without AMX)
   python 09_text_to_video.py --prompt "a red car ahead on a left curve at night in the town"
   python 09_text_to_video.py --prompt "..." --key-frames 16 --reach 8 --wider 2     App. D: longer and wider
   python 09_text_to_video.py --inspect v1-5.safetensors              what is in a checkpoint, name by name
   python 09_text_to_video.py --backbone v1-5.safetensors --text-encoder FOLDER --data FOLDER --preset paper
 
-Expect at the cpu preset: clips that show what the caption says (night in all of them, the road in 97 %, the colour of
-the car ahead in 72; on clips of other captions 63, 31 and 31), with brightness that still flickers a little; middle
-frames as sharp as real ones, at 22 to 25 dB; four times the frames hang together as the trained number does.
+Expect at the cpu preset: clips that show what the caption says (night in 97 % of them, the road in 84, the colour of
+the car ahead in 72; on clips of other captions 59, 31 and 28), whose colours change twice as much as real ones'; middle
+frames as sharp as real ones, at 22 to 24 dB; four times the frames hang together as the trained number does.
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone; to sample also OUT/04 (decoder) and OUT/11 (upsampler)
 where they are there. Writes OUT/09_text_to_video/: checkpoint.pt (temporal weights), interpolation.pt (all weights of

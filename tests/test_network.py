@@ -8,7 +8,7 @@ import torch
 from common.autoencoder import Autoencoder
 from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, group_norm
 from common.image_model import ImageModel
-from common.training import count, is_temporal, preset_config
+from common.training import adamw, channels_last, clip_and_warm_up, count, is_temporal, preset_config
 from common.unet import UNet
 
 SMALL = dict(in_channels=4, out_channels=4, channels=16, multipliers=(1, 2), depth=1, attention=(1, 2), heads=2)
@@ -77,6 +77,27 @@ def test_temporal_weights_learn_from_the_first_step() -> None:
     last = [p for n, p in video.named_parameters() if "time_stack" in n and n.endswith("ff.net.2.weight")]
     assert last and all(p.grad.abs().max() > 0 for p in last)
     assert all(p.grad is None for n, p in video.named_parameters() if not is_temporal(n))
+
+
+def test_a_widened_network_is_the_old_one_until_it_learns() -> None:
+    """And stays in one memory format: a first layer in another would take the first level with it."""
+    image, given = channels_last(randomise(UNet(**SMALL, context_dim=8))), inputs()
+    x, more, tau = given["x"], torch.randn(B * T, 3, 8, 16), torch.tensor([100, 700])
+    with torch.no_grad():
+        expected = image(x, tau, given["context"])
+        image.widen(3)
+        torch.testing.assert_close(image(torch.cat([x, more], dim=1), tau, given["context"]), expected)
+    assert image.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_rate_warms_up_and_falls_whatever_the_total_of_steps() -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer, rates = adamw(layer, 1.0), []
+    layer(torch.ones(1, 2)).sum().backward()
+    for step in (0, 3, 7, 31):
+        clip_and_warm_up(optimizer, step, 0.1, 4, 8)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.025, 0.1, 0.1, 0.05])
 
 
 @pytest.mark.parametrize("options", [OPTIONS, TemporalOptions(conv=False), TemporalOptions(attention_blocks=0)])
