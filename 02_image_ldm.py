@@ -32,7 +32,7 @@ from torch import nn
 
 from common.autoencoder import Autoencoder
 from common.data import Clips, open_data
-from common.diffusion import guide
+from common.diffusion import guided
 from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions
 from common.latents import with_latents
 from common.measures import box_mask, psnr
@@ -369,8 +369,7 @@ def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: fl
 
     def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         with run.autocast():
-            output = unet(x, tau, context)
-            return output if context is None or guidance == 1 else guide(unet(x, tau, nothing), output, guidance)
+            return guided(unet, x, tau, [context], [nothing], 1 if context is None else guidance)
 
     noise = run.noise((count, *image.shape), "sample", *key)
     return image.diffusion.ddim(

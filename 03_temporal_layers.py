@@ -18,6 +18,7 @@ after.gif, alphas.png, loss_per_level.png, metrics.png.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
-from common.diffusion import guide
+from common.diffusion import guided
 from common.image_model import conditions
 from common.latents import with_latents
 from common.measures import colour_change, motion
@@ -174,10 +175,7 @@ def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         with run.autocast():
-            output = unet(z_tau, tau[::length], context, frames=frames)
-            if guidance == 1:
-                return output
-            return guide(unet(z_tau, tau[::length], nothing, frames=frames), output, guidance)
+            return guided(partial(unet, frames=frames), z_tau, tau[::length], [context], [nothing], guidance)
 
     noise = run.noise((count * length, *image.shape), "sample", *key)
     return image.diffusion.ddim(

@@ -17,6 +17,7 @@ futures.png, futures.gif, guidance.png, metrics.png.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Literal
 
@@ -27,7 +28,7 @@ from torch import nn
 
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
-from common.diffusion import guide
+from common.diffusion import guided
 from common.image_model import ImageModel
 from common.latents import with_latents
 from common.measures import motion, psnr
@@ -240,13 +241,9 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
     context = image.conditioner(clips)
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        tau = tau[:: config.frames]
-        with run.autocast():
-            output = run_unet(unet, z_tau, tau, context, c_S, config)
-            if scale == 1 or s == 0:
-                return output
-            # Eq. (4): f(z) + s (f(z; c_S) - f(z))
-            return guide(run_unet(unet, z_tau, tau, context, torch.zeros_like(c_S), config), output, scale)
+        with run.autocast():  # Eq. (4): f(z) + s (f(z; c_S) - f(z))
+            return guided(partial(run_unet, unet, config=config), z_tau, tau[:: config.frames], [context, c_S],
+                          [context, torch.zeros_like(c_S)], scale if s else 1)
 
     noise = run.noise((b * config.frames, *image.shape), "sample", *key)
     z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),

@@ -24,7 +24,7 @@ from torch import nn
 
 from common.blocks import TemporalOptions
 from common.data import Clips, open_data
-from common.diffusion import guide
+from common.diffusion import guided
 from common.latents import with_latents
 from common.measures import psnr, sharpness
 from common.pictures import animation, plot_metrics, sheet
@@ -187,12 +187,9 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
     nothing = image.conditioner(clips, torch.ones(b, dtype=torch.bool))
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        tau = tau[::FRAMES]
         with run.autocast():
-            output = model(z_tau, tau, context, c_S, stages)
-            if context is None or config.guidance == 1:
-                return output
-            return guide(model(z_tau, tau, nothing, c_S, stages), output, config.guidance)
+            return guided(model, z_tau, tau[::FRAMES], [context, c_S, stages], [nothing, c_S, stages],
+                          1 if context is None else config.guidance)
 
     noise = run.noise((b * FRAMES, *image.shape), "sample", *key)
     sampled = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),

@@ -36,7 +36,7 @@ from torch import nn
 
 from common.blocks import TemporalOptions, sinusoids
 from common.data import Clips, open_data
-from common.diffusion import guide
+from common.diffusion import guided
 from common.image_model import ImageModel, conditions
 from common.latents import with_latents
 from common.measures import colour_change, motion
@@ -249,12 +249,12 @@ def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, f
     """
     b, (c, h, w) = len(text[0]), image.shape
 
-    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        def told(i: int) -> torch.Tensor:
-            return unet(z_tau, tau[::frames], text[i], frames=frames, time_context=time_text[i], reach=reach)
+    def network(z_tau: torch.Tensor, tau: torch.Tensor, text: torch.Tensor, time_text: torch.Tensor) -> torch.Tensor:
+        return unet(z_tau, tau, text, frames=frames, time_context=time_text, reach=reach)
 
+    def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         with run.autocast():
-            return told(0) if config.guidance == 1 else guide(told(1), told(0), config.guidance)
+            return guided(network, z_tau, tau[::frames], *zip(text, time_text, strict=True), config.guidance)
 
     noise = run.noise((b * frames, c, wider * h, wider * w), "sample", *key)
     noise = noise - noise.mean(dim=(2, 3), keepdim=True)
@@ -350,10 +350,8 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         with run.autocast():
-            output = model(z_tau, tau[::t], told, known, fps, level)
-            if config.interpolation_guidance == 1:
-                return output
-            return guide(model(z_tau, tau[::t], untold, known, fps, level), output, config.interpolation_guidance)
+            return guided(model, z_tau, tau[::t], [told, known, fps, level], [untold, known, fps, level],
+                          config.interpolation_guidance)
 
     noise = run.noise((b * t, *first.shape[1:]), "between", *key)
     noise = image.diffusion.diffuse(blend.flatten(0, 1), noise, torch.full((b * t,), image.diffusion.steps - 1))

@@ -4,10 +4,12 @@
 paper's alpha_tau and sigma_tau, not the merge parameter alpha of the temporal layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
+
+Conditions = Sequence[torch.Tensor | None]
 
 
 def make_betas(schedule: str, beta_start: float, beta_end: float, steps: int = 1000) -> torch.Tensor:
@@ -122,3 +124,15 @@ class Diffusion:
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """u + s (c - u): classifier-free guidance, and with the context as condition Eq. (4), context guidance."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided(network: Callable[..., torch.Tensor], x: torch.Tensor, tau: torch.Tensor, told: Conditions,
+           untold: Conditions, scale: float) -> torch.Tensor:
+    """`guide` between network(x, tau, *untold) and network(x, tau, *told), which are computed as one batch.
+
+    For one clip that takes three quarters of the time of two passes, for many clips as long. None stays None.
+    """
+    if scale == 1:
+        return network(x, tau, *told)
+    both = (None if b is None else torch.cat([a, b]) for a, b in zip(untold, told, strict=True))
+    return guide(*network(torch.cat([x, x]), torch.cat([tau, tau]), *both).chunk(2), scale)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.diffusion import Diffusion, guide, make_betas
+from common.diffusion import Diffusion, guide, guided, make_betas
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,19 @@ def test_guidance_is_equation_4() -> None:
     assert (
         float(guide(free, told, 0.0)) == 1 and float(guide(free, told, 1.0)) == 3 and float(guide(free, told, 2.0)) == 5
     )
+
+
+def test_guidance_in_one_batch_is_guidance_in_two_passes() -> None:
+    x, tau = torch.randn(6, 4, 2, 2), torch.tensor([3, 400])
+    told, untold = [torch.randn(2, 3), None], [torch.randn(2, 3), None]
+    calls = []
+
+    def network(x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor, label: None) -> torch.Tensor:
+        calls.append(len(x))
+        by_clip = x.unflatten(0, (len(tau), -1)) * text.sum(1).view(-1, 1, 1, 1, 1) + tau.view(-1, 1, 1, 1, 1)
+        return by_clip.flatten(0, 1)
+
+    expected = guide(network(x, tau, *untold), network(x, tau, *told), 2.5)
+    torch.testing.assert_close(guided(network, x, tau, told, untold, 2.5), expected)
+    assert torch.equal(guided(network, x, tau, told, untold, 1), network(x, tau, *told))
+    assert calls == [6, 6, 12, 6, 6]  # nothing is computed for the untold where the scale is 1
