@@ -9,6 +9,8 @@ temporal training step (spatial layers frozen) and full training step; and, doin
 lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guidance. training: the training steps of
 the lessons at the cpu preset, data included. decoder: frames decoded and a step of lesson 4. long: lesson 8. growth:
 the temporal training step against frames, latent size, batch and processes, each beside the power law one expects.
+large, on a GPU only: the temporal training step of a network of Stable Diffusion 2.1's size at 320 x 512, 8 frames,
+against diffusers' with the same weights, both compiled or not; peak memory with and without gradient checkpointing.
 
 Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
 trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
@@ -21,7 +23,9 @@ Needs: pip install "videoldm[bench]" for the networks of others; what is not ins
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -33,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,11 +69,33 @@ from common.training import (  # noqa: E402
 )
 from common.unet import UNet  # noqa: E402
 
-WHAT = ("unet", "sampling", "training", "decoder", "long", "growth")
+WHAT = ("unet", "sampling", "training", "decoder", "long", "growth", "large")
 AGAINST = ("diffusers", "lucidrains")
-CLIPS, FRAMES, HEIGHT, WIDTH, TEXT = 2, 8, 16, 32, 64  # latents 4 x 16 x 32; tokens are 64 wide
-SAMPLING_STEPS, SCALE = 8, 2.0
-FORMATS = {"float32": (False, False), "bfloat16": (True, False), "bfloat16, channels-last": (True, True)}
+FRAMES, TEXT = 8, 64  # of a clip; width of the tokens
+SAMPLING_STEPS, SCALE = 4, 2.0
+# settings among which the fastest is taken: bfloat16 autocast, channels-last, compiled by what
+FORMATS = {"float32": (False, False, ""), "bfloat16": (True, False, ""), "bfloat16, channels-last": (True, True, "")}
+COMPILED = {"bfloat16, channels-last": (True, True, ""), "bfloat16, compiled": (True, False, "inductor"),
+            "bfloat16, channels-last, compiled": (True, True, "inductor")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A U-Net of Stable Video Diffusion's kind, and the latents that go through it."""
+
+    width: int
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    text: int = TEXT
+    tokens: int = 1
+    clips: int = 2
+    latent: tuple[int, int] = (16, 32)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+
+LARGE = Size(320, (1, 2, 4, 4), text=1024, tokens=77, clips=1, latent=(40, 64))  # Stable Diffusion 2.1, 320 x 512
 
 
 # %% Clocks
@@ -123,17 +150,18 @@ def flops_of(work: Callable[[], object]) -> int:
 class Contestant:
     """A network under one call signature, f(x, tau, text) with x (b t) c h w, and its jobs at one setting."""
 
-    def __init__(self, net: nn.Module, call: Callable, temporal: Callable[[str], bool]) -> None:
+    def __init__(self, net: nn.Module, call: Callable, temporal: Callable[[str], bool], size: Size) -> None:
         self.net, self.call, self.temporal = net, call, temporal
-        self.bfloat16 = self.channels_last = False
+        self.use(False, False, "")
         device = next(net.parameters()).device
         draw = torch.Generator().manual_seed(0)
-        self.x = torch.randn(CLIPS * FRAMES, 4, HEIGHT, WIDTH, generator=draw).to(device)
-        self.tau = torch.tensor([7, 801], device=device)
-        self.text = torch.randn(CLIPS, 1, TEXT, generator=draw).to(device)
+        self.x = torch.randn(size.clips * FRAMES, 4, *size.latent, generator=draw).to(device)
+        self.tau = torch.tensor([7, 801], device=device)[: size.clips]
+        self.text = torch.randn(size.clips, size.tokens, size.text, generator=draw).to(device)
 
-    def use(self, bfloat16: bool, to_channels_last: bool) -> None:
+    def use(self, bfloat16: bool, to_channels_last: bool, compiler: str) -> None:
         self.bfloat16, self.channels_last = bfloat16, to_channels_last
+        self.network = torch.compile(self.net, backend=compiler) if compiler else self.net
         if to_channels_last:
             channels_last(self.net)
         else:
@@ -145,7 +173,7 @@ class Contestant:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.call(self.net, x, tau, text)
+            return self.call(self.network, x, tau, text)
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
@@ -174,19 +202,19 @@ class Contestant:
 
         return diffusion.ddim(predict, self.x, SAMPLING_STEPS, 0.0, torch.Generator())
 
-    def best(self, clock: Clock, job: Callable[[], object]) -> str:
+    def best(self, clock: Clock, job: Callable[[], object], formats: dict[str, tuple]) -> str:
         """Sets the fastest setting for a job and returns its name."""
         found = {}
-        for name, setting in FORMATS.items():
+        for name, setting in formats.items():
             self.use(*setting)
             job()
             found[name] = min(clock.seconds(job) for _ in range(2))
         name = min(found, key=found.get)
-        self.use(*FORMATS[name])
+        self.use(*formats[name])
         return name
 
 
-def same_network(width: int, device: torch.device) -> tuple[Contestant, Contestant]:
+def same_network(size: Size, device: torch.device) -> tuple[Contestant, Contestant]:
     """Our U-Net and diffusers' of Stable Video Diffusion with the same random weights.
 
     Two things are set in theirs, as the released code has them: the norms' eps, and the vector added to the diffusion
@@ -195,11 +223,11 @@ def same_network(width: int, device: torch.device) -> tuple[Contestant, Contesta
     import diffusers
 
     theirs = diffusers.UNetSpatioTemporalConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=(width, 2 * width, 2 * width), layers_per_block=2,
-        cross_attention_dim=TEXT, num_attention_heads=tuple(w // 64 for w in (width, 2 * width, 2 * width)),
+        in_channels=4, out_channels=4, block_out_channels=size.widths, layers_per_block=2,
+        cross_attention_dim=size.text, num_attention_heads=tuple(width // 64 for width in size.widths),
         addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
-        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2)  # fmt: skip
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * (len(size.widths) - 1) + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * (len(size.widths) - 1))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
@@ -225,7 +253,8 @@ def same_network(width: int, device: torch.device) -> tuple[Contestant, Contesta
     def of_time(name: str) -> bool:
         return "temporal" in name or "time_pos" in name or "time_mixer" in name
 
-    return (Contestant(ours.to(device), call_ours, is_temporal), Contestant(theirs.to(device), call_theirs, of_time))
+    return (Contestant(ours.to(device), call_ours, is_temporal, size),
+            Contestant(theirs.to(device), call_theirs, of_time, size))
 
 
 def call_ours(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -270,7 +299,7 @@ def same_job(who: str, goal: int, device: torch.device) -> Contestant:
             return net(clips, tau, cond=text[:, 0]).transpose(1, 2).flatten(0, 1)
 
         widths = range(16, 1024, 16)
-    return Contestant(nearest_size(build, goal, widths).to(device), call, is_temporal)
+    return Contestant(nearest_size(build, goal, widths).to(device), call, is_temporal, Size(0))
 
 
 # %% What is measured
@@ -279,24 +308,31 @@ def same_job(who: str, goal: int, device: torch.device) -> Contestant:
 def missing(who: str) -> str:
     """Why a network of others cannot be measured here; "" if it can."""
     package = {"diffusers": "diffusers", "lucidrains": "video_diffusion_pytorch"}[who]
+    # lucidrains' data set and trainer use torchvision and its network does not: where there is none, an empty one does
+    stand_in = who == "lucidrains" and not importlib.util.find_spec("torchvision")
+    if stand_in:
+        sys.modules["torchvision"] = unittest.mock.MagicMock()
     try:
         importlib.import_module(package)
     except ImportError:
         return f'{who}: not installed; pip install "videoldm[bench]"'
+    finally:
+        if stand_in:
+            del sys.modules["torchvision"]
     return ""
 
 
 def compare(clock: Clock, name: str, jobs: tuple[Callable, Callable], pair: tuple[Contestant, Contestant],
-            flops: bool = True) -> dict:
+            formats: dict[str, tuple] = FORMATS) -> dict:
     """One row: `jobs` of ours and theirs, each at its best setting."""
-    settings = [one.best(clock, job) for one, job in zip(pair, jobs, strict=True)]
+    settings = [one.best(clock, job, formats) for one, job in zip(pair, jobs, strict=True)]
     row = {"row": name, "setting, ours": settings[0], "setting, theirs": settings[1]} | clock.in_turn(*jobs)
-    if flops:
-        for who, job in zip(("ours", "theirs"), jobs, strict=True):
-            row[f"FLOPs, {who}"] = flops_of(job)
-            row[f"share, {who}"] = clock.share(row[f"FLOPs, {who}"], row[who])
+    for who, one, job, setting in zip(("ours", "theirs"), pair, jobs, settings, strict=True):
+        one.use(*formats[setting][:2], "")  # FLOPs of what is compiled are not seen by the counter
+        row[f"FLOPs, {who}"] = flops_of(job)
+        row[f"share, {who}"] = clock.share(row[f"FLOPs, {who}"], row[who])
     print(f"{name}: {row['ratio']:.2f} times ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f}), "
-          f"{100 * row.get('share, ours', 0):.0f} % of the matrix rate; ours {settings[0]}, theirs {settings[1]}")
+          f"{100 * row['share, ours']:.0f} % of the matrix rate; ours {settings[0]}, theirs {settings[1]}")
     return row
 
 
@@ -305,7 +341,7 @@ def unet_rows(clock: Clock, against: list[str], widths: list[int], sampling: boo
     for width in widths:
         if "diffusers" not in against:
             break
-        ours, theirs = pair = same_network(width, clock.device)
+        ours, theirs = pair = same_network(Size(width), clock.device)
         a, b = ours.forward(), theirs.forward()
         equal = float((a - b).norm() / b.norm())
         total = sum(p.numel() for p in ours.net.parameters())
@@ -325,7 +361,7 @@ def unet_rows(clock: Clock, against: list[str], widths: list[int], sampling: boo
         return rows
     for who in against:
         width = min(widths, key=lambda w: abs(w - 128))
-        ours = Contestant(ours_of_width(width).to(clock.device), call_ours, is_temporal)
+        ours = Contestant(ours_of_width(width).to(clock.device), call_ours, is_temporal, Size(width))
         total = sum(p.numel() for p in ours.net.parameters())
         theirs = same_job(who, total, clock.device)
         size = sum(p.numel() for p in theirs.net.parameters())
@@ -415,6 +451,31 @@ def long_rows(clock: Clock) -> list[dict]:
         rows.append({"row": f"lesson 8, {seconds} s without upsampler", "ours": [found["seconds"]],
                      "peak bytes": found["peak"]})
         print(f"{rows[-1]['row']}: {found['seconds']:.0f} s, peak {found['peak'] / 2**20:.0f} MiB")
+    return rows
+
+
+def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
+               formats: dict[str, tuple] = COMPILED) -> list[dict]:
+    """The temporal training step at the paper's size, and its peak memory with activations kept or computed again."""
+    if "diffusers" not in against:
+        return []
+    ours, theirs = pair = same_network(size, clock.device)
+    facts = {"against": "diffusers, same weights", "parameters": sum(p.numel() for p in ours.net.parameters())}
+    name, job = "temporal training step, SD 2.1 size", ours.step(True)
+    rows = [facts | compare(clock, name, (job, theirs.step(True)), pair, formats)]
+    theirs.net.to("meta")  # its memory is not ours
+    for ours.net.checkpointing in (False, True):
+        ours.use(*formats[rows[0]["setting, ours"]])
+        job()
+        peak = {}
+        if clock.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        each = [clock.seconds(job) for _ in range(clock.repeats)]
+        if clock.device.type == "cuda":
+            peak = {"peak bytes": torch.cuda.max_memory_allocated()}
+        how = "with" if ours.net.checkpointing else "without"
+        rows.append({"row": f"{name}, {how} gradient checkpointing", "ours": each} | peak)
+        print(f"{rows[-1]['row']}: {statistics.median(each):.3f} s, peak {peak.get('peak bytes', 0) / 2**30:.1f} GiB")
     return rows
 
 
@@ -545,6 +606,14 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables(parts: dict[str, dict]) -> str:
+    text = "\n".join(f"**{name}**: {table(part)}" for name, part in parts.items())
+    if "large" not in parts:
+        text += ("\n**large**, the temporal training step of the SD 2.1-size model at 320 x 512, 8 frames, compiled, "
+                 "and its peak memory with and without gradient checkpointing: not measured; it needs a GPU.\n")
+    return text
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT, help="parts to measure; the others are kept")
@@ -572,14 +641,18 @@ def main(argv: list[str] | None = None) -> None:
     for what in tqdm(options.what, desc="parts"):
         if what in ("unet", "sampling"):
             rows = unet_rows(clock, against, options.widths, what == "sampling")
+        elif what == "large":
+            if clock.device.type != "cuda":
+                print("large: not measured, it needs a GPU")
+                continue
+            rows = large_rows(clock, against)
         else:
             measure = {"training": training_rows, "decoder": decoder_rows, "long": long_rows, "growth": growth_rows}
             rows = measure[what](clock)
         parts[what] = {"hardware": hardware(clock), "rows": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"parts": parts}, indent=1) + "\n")
-        text = "\n".join(f"**{name}**: {table(part)}" for name, part in parts.items())
-        write_text(path.with_suffix(".md"), text)
+        write_text(path.with_suffix(".md"), tables(parts))
         if what == "growth":
             growth_figure(rows, path.with_suffix(".png"))
     print(f"results: {path}, {path.with_suffix('.md')}")

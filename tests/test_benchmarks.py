@@ -15,10 +15,10 @@ spec.loader.exec_module(bench)
 
 def test_both_networks_give_the_same() -> None:
     pytest.importorskip("diffusers")
-    ours, theirs = bench.same_network(64, torch.device("cpu"))
+    ours, theirs = bench.same_network(bench.Size(64), torch.device("cpu"))
     a, b = ours.forward(), theirs.forward()
     assert float((a - b).norm() / b.norm()) < 1e-5
-    ours.use(True, True)  # another setting rounds, and is the same network
+    ours.use(True, True, "")  # another setting rounds, and is the same network
     c = ours.forward().float()
     assert 0 < float((c - b).norm() / b.norm()) < 0.05
 
@@ -26,7 +26,7 @@ def test_both_networks_give_the_same() -> None:
 def test_both_train_the_temporal_layers_alone() -> None:
     pytest.importorskip("diffusers")
     trained = []
-    for one in bench.same_network(64, torch.device("cpu")):
+    for one in bench.same_network(bench.Size(64), torch.device("cpu")):
         before = {name: p.clone() for name, p in one.net.named_parameters()}
         one.step(True)()
         changed = [name for name, p in one.net.named_parameters() if not torch.equal(p, before[name])]
@@ -55,6 +55,18 @@ def test_a_table_says_what_was_compared() -> None:
            "ratio, lowest": 1.5, "ratio, highest": 2.5, "share, ours": 0.25}
     text = bench.table({"hardware": machine, "rows": [row]})
     assert "| forward | B | 2 | 4 | 2.00 (1.50 to 2.50) | 25 % |" in text
+
+
+def test_the_part_for_a_gpu_runs_on_a_cpu_at_small_size() -> None:
+    pytest.importorskip("diffusers")
+    clock = bench.Clock(torch.device("cpu"), 1)
+    size = bench.Size(64, (1, 1), tokens=3, clips=1, latent=(4, 8))
+    formats = {"compiled": (False, False, "aot_eager")}  # the graph is captured, and run without a compiler
+    rows = bench.large_rows(clock, ["diffusers"], size, formats)
+    assert [row["row"].split(", ")[-1] for row in rows] == [
+        "SD 2.1 size", "without gradient checkpointing", "with gradient checkpointing"]
+    assert rows[0]["setting, ours"] == "compiled" and rows[0]["FLOPs, ours"] > 1e8
+    assert "large" in bench.tables({}) and "not measured" in bench.tables({})
 
 
 def test_a_width_without_whole_heads_is_refused() -> None:
