@@ -161,7 +161,7 @@ class Contestant:
 
     def use(self, bfloat16: bool, to_channels_last: bool, compiler: str) -> None:
         self.bfloat16, self.channels_last = bfloat16, to_channels_last
-        self.network = torch.compile(self.net, backend=compiler) if compiler else self.net
+        self.network = torch.compile(self.net, backend=compiler, dynamic=False) if compiler else self.net
         if to_channels_last:
             channels_last(self.net)
         else:

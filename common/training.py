@@ -436,7 +436,15 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 
 def config_of(config_class: type, content: dict):
-    """The configuration a checkpoint was trained with (torch.save keeps tuples; json would not)."""
+    """The configuration a checkpoint was trained with (torch.save keeps tuples; json would not).
+
+    Raises UserError for settings that this version of the script does not have: they may have shaped the weights.
+    """
+    unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
+    if unknown:
+        lesson = Path(inspect.getfile(config_class)).stem
+        raise UserError(f"the checkpoint of {lesson} was made by another version of it, with {', '.join(sorted(unknown))} "
+                        f"among its settings; make it anew with {lesson}.py --overwrite")
     return config_class(**content["config"])
 
 

@@ -193,6 +193,12 @@ def test_a_broken_checkpoint_and_a_mismatched_one(course: Path, tmp_path: Path) 
     (folder / "checkpoint.pt").write_bytes((course / "02_image_ldm" / "checkpoint.pt").read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
         lesson03.main(["--preset", "smoke", "--out", str(tmp_path)])
+    content = torch.load(course / "02_image_ldm" / "checkpoint.pt", weights_only=True)
+    content["config"]["colour"] = "blue"
+    torch.save(content, folder / "checkpoint.pt")
+    (folder / "autoencoder.pt").symlink_to(course / "02_image_ldm" / "autoencoder.pt")
+    with pytest.raises(UserError, match="02_image_ldm was made by another version of it, with colour among"):
+        lesson03.main(["--preset", "smoke", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="another configuration"):
         lesson03.main(["--preset", "smoke", "--out", str(course), "--lr", "5"])
     with pytest.raises(UserError, match="data driving"):
