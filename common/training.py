@@ -443,8 +443,9 @@ def config_of(config_class: type, content: dict):
     unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
         lesson = Path(inspect.getfile(config_class)).stem
-        raise UserError(f"the checkpoint of {lesson} was made by another version of it, with {', '.join(sorted(unknown))} "
-                        f"among its settings; make it anew with {lesson}.py --overwrite")
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"the checkpoint of {lesson} was made by another version of it, with {names} among its "
+                        f"settings; make it anew with {lesson}.py --overwrite")
     return config_class(**content["config"])
 
 
