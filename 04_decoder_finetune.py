@@ -5,7 +5,7 @@ kernel 3,3,3, merged by alpha as in lesson 3) enter the decoder, and the whole d
 frames at the final rate: reconstruction, a perceptual term, and a patch-wise video discriminator made of 3D
 convolutions. The encoder stays frozen, so every latent the diffusion models know keeps its meaning.
 
-  python 04_decoder_finetune.py                         6 minutes on 2 cores
+  python 04_decoder_finetune.py                         4 minutes on 2 cores
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here

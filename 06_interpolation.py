@@ -4,7 +4,7 @@ Changes from lesson 5: clips have T = 5 frames and the mask knows both ends, (1,
 weights, serves both passes: it is trained on clips at a quarter of the final rate and at the final rate (7.5 and 30
 frames a second), and a token in the temporal cross-attention says which. N frames become 4 (N - 1) + 1: 8, 29, 113.
 
-  python 06_interpolation.py          6 minutes on 2 cores
+  python 06_interpolation.py          4 minutes on 2 cores
 
 Expect at the cpu preset: middle frames as sharp as real ones (gradient magnitude within 15 %), where a linear blend of
 the two ends shows ghosts.

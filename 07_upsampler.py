@@ -6,7 +6,7 @@ they are diffused to a random level in training (0 to 250 of 1000), to level 150
 level. First an image upsampler is trained, on patches; then its spatial layers are frozen and temporal layers trained
 on clips of patches, the same patch in every frame. Being convolutional it is applied to whole frames, in portions of 8.
 
-  python 07_upsampler.py          6 minutes on 2 cores
+  python 07_upsampler.py          3.5 minutes on 2 cores
 
 Expect at the cpu preset: flicker of the video upsampler at least 20 % below the image upsampler's.
 

@@ -7,7 +7,7 @@
 unet: the same video U-Net with the same weights here and in diffusers (UNetSpatioTemporalConditionModel), forward,
 temporal training step (spatial layers frozen) and full training step; and, doing the same job with as many parameters,
 lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guidance. training: the training steps of
-the lessons at the cpu preset, data included. decoder: frames decoded and a step of lesson 4. long: lesson 8. growth:
+the lessons at the cpu preset, data included. decoder: frames decoded by lessons 2 and 4. long: lesson 8. growth:
 the temporal training step against frames, latent size, batch and processes, each beside the power law one expects.
 large, on a GPU only: the temporal training step of a network of Stable Diffusion 2.1's size at 320 x 512, 8 frames,
 against diffusers' with the same weights, both compiled or not; peak memory with and without gradient checkpointing.

@@ -125,8 +125,8 @@ def write_expected(out: Path) -> None:
             for step in dict.fromkeys((last // 10, last // 3, last) if last > 50 else (last,)):
                 for name in names:
                     value = mean_before(path, name, step)
-                    # the scale of a perceptual distance is that of features trained in the same run
-                    tolerance = (0.5 if name == "perceptual" else 0.2) * value
+                    # measured with features that the run has trained itself: two runs of the course lay 45 % apart
+                    tolerance = (0.5 if name == "perceptual" and preset != "smoke" else 0.2) * value
                     rows.append([preset, path.name, name, step, f"{value:.4g}", f"{tolerance:.2g}"])
         for name, number in json.loads((folder / "numbers.json").read_text()).items():
             if number["unit"] != "s":
