@@ -88,6 +88,7 @@ class Config(TrainingConfig):
     ae_steps: int = 3000  # training steps of the autoencoder
     ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
     ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
+    ae_steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     square_weight: float = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
     kl_weight: float = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
     gan_start: int = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
@@ -110,6 +111,7 @@ class Config(TrainingConfig):
     batch: int = 16  # frames per step
     lr: float = 1e-3  # learning rate of the U-Net
     warmup: int = 50  # steps of linear warm-up
+    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.998  # decay of the weight average
     p_drop: float = 0.3  # probability of dropping the condition; most samples of this course are unconditional
     ddim_steps: int = 50  # sampling steps
@@ -282,7 +284,7 @@ def train_autoencoder(run: Run, config: Config, source) -> None:
                     critic_loss = hinge_loss(judge(x).float(), judge(reconstruction.detach()).float())
                 share.backward(critic_loss)
             run.log(l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
-        clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup)
+        clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup, config.ae_steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step >= config.gan_start:
@@ -339,7 +341,7 @@ def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.
             loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()

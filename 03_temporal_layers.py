@@ -66,6 +66,7 @@ class Config(TrainingConfig):
     batch: int = 2  # clips per step
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up
+    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.995  # decay of the weight average
     ddim_steps: int = 12  # sampling steps; few, as a model this small adds grain with every one
     eta: float = 1.0  # 0 deterministic, 1 ancestral
@@ -116,9 +117,9 @@ def grow(unet: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         target.copy_(value)
 
 
-def load_temporal(run: Run, image) -> dict[str, torch.Tensor]:
-    """The averaged temporal weights of this lesson from OUT, checked against the image model they were trained on."""
-    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+def load_temporal(run: Run, image, lesson: str = NAME) -> dict[str, torch.Tensor]:
+    """The averaged temporal weights of a lesson from OUT, checked against the image model they were trained on."""
+    path, remedy = run.config.folder() / lesson / "checkpoint.pt", command(lesson, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     return content["ema"]["shadow"]
@@ -150,7 +151,7 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()

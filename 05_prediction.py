@@ -76,6 +76,7 @@ class Config(TrainingConfig):
     batch: int = 2  # clips per step
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up
+    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.995  # decay of the weight average
     ddim_steps: int = 8  # sampling steps; few, as a model this small adds grain with every one
     eta: float = 1.0  # 0 deterministic, 1 ancestral
@@ -216,7 +217,7 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()

@@ -9,7 +9,7 @@ frames a second), and a token in the temporal cross-attention says which. N fram
 Expect at the cpu preset: middle frames as sharp as real ones (gradient magnitude within 15 %), where a linear blend of
 the two ends shows ghosts.
 
-Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
+Reads OUT/02_image_ldm and OUT/05_prediction. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
 middle_frames.png, two_passes.gif, metrics.png.
 """
 
@@ -66,6 +66,7 @@ class Config(TrainingConfig):
     batch: int = 4  # clips per step, half of each rate
     lr: float = 1e-3  # learning rate
     warmup: int = 50  # steps of linear warm-up
+    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.995  # decay of the weight average
     ddim_steps: int = 20  # sampling steps
     eta: float = 0.0  # 0 deterministic, 1 ancestral
@@ -145,7 +146,7 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     source = with_latents(run, source, image)
     model = Interpolator(config, image).to(run.device)
-    lesson03.grow(model.unet, lesson03.load_temporal(run, image))
+    lesson03.grow(model.unet, lesson03.load_temporal(run, image, lesson05.NAME))  # which has learned to read c_S
     network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
     diffusion = image.diffusion
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
@@ -165,7 +166,7 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
+        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()

@@ -1,5 +1,7 @@
 # Two commands for a newcomer: `make demo` (a long video from the weights in checkpoints/, no training) and `make test`.
 # `make course` trains lessons 1 to 8 from nothing, or goes on where it was interrupted; `make text` adds 9 to 11.
+# `make weights` trains the same lessons longer and packs them into checkpoints/: a day on two cores, minutes on a GPU with
+# make -j3 weights EXTRA="--workers 5 --cuda-graphs --device-noise". Interrupted, it goes on where it was.
 # TORCH_CONSTRAINTS: a pip constraints file; the tested torch by default, since an unpinned install can pull several GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 0
 TEXT = 09_text_to_video 10_personalization 11_latent_upsampler
 PROMPT ?= a red car ahead on a left curve at night in the town
 
-.PHONY: install demo course text smoke test lint
+.PHONY: install demo course text weights smoke test lint
 
 install: $(VENV)/installed
 
@@ -24,12 +26,12 @@ $(VENV)/installed: pyproject.toml $(TORCH_CONSTRAINTS)
 
 # Numbers are written after training: where they are missing, a lesson starts, or goes on where it was interrupted.
 $(OUT)/%/numbers.json: | $(VENV)/installed
-	$(RUN) $*.py $(FLAGS) --resume
+	$(RUN) $*.py $(FLAGS) --resume $($(LONG)_$*) $(EXTRA)
 
 $(OUT)/03_temporal_layers/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 $(OUT)/04_decoder_finetune/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 $(OUT)/05_prediction/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
-$(OUT)/06_interpolation/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
+$(OUT)/06_interpolation/numbers.json: | $(OUT)/05_prediction/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
 $(OUT)/02_image_ldm-text/numbers.json: | $(OUT)/02_image_ldm/numbers.json
@@ -47,6 +49,19 @@ course: $(LESSONS:%=$(OUT)/%/numbers.json)
 
 text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
 	$(RUN) 09_text_to_video.py $(FLAGS) --prompt "$(PROMPT)" --overwrite
+
+# What `make weights` changes: batches, and rates that fall with the root of the step.
+weights_02_image_ldm = --ae-steps 14000 --ae-batch 64 --ae-lr 2e-3 --ae-steady 500 --gan-start 13000 \
+  --steps 5000 --batch 64 --steady 500 --ema-decay 0.999
+weights_03_temporal_layers = --steps 2500 --batch 16 --steady 500 --ema-decay 0.998
+weights_04_decoder_finetune = --steps 2000 --batch 8 --steady 300 --gan-start 1700 --feature-steps 1000
+weights_05_prediction = --steps 4000 --batch 32 --steady 500 --ema-decay 0.998
+weights_06_interpolation = --steps 5000 --batch 64 --steady 500 --ema-decay 0.998
+weights_07_upsampler = --image-steps 4000 --image-batch 64 --steps 2000 --batch 16 --steady 500 --ema-decay 0.998
+
+weights: $(VENV)/installed
+	$(MAKE) OUT=runs/weights LONG=weights $(patsubst %,runs/weights/%/numbers.json,$(filter-out 01%,$(LESSONS)))
+	$(RUN) docs/pack.py runs/weights
 
 smoke: $(VENV)/installed
 	rm -rf runs/smoke-driving

@@ -48,8 +48,10 @@ class Share:
     """
 
     def __init__(self, rows: Sequence[int], batch: int, generator: torch.Generator, device: torch.device,
-                 backward: Callable[[torch.Tensor], None]) -> None:
+                 backward: Callable[[torch.Tensor], None], noise: torch.Generator | None = None) -> None:
+        """generator: draws on the CPU; noise: what draws Gaussian noise in its place, on the GPU (--device-noise)."""
         self.rows, self.batch, self.generator, self.device, self.backward = rows, batch, generator, device, backward
+        self.gaussian = noise or generator
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,7 +65,7 @@ class Share:
     def normal(self, shape: Sequence[int]) -> torch.Tensor:
         """Gaussian noise of this shape, (b k) ..., k rows (frames) for each sample."""
         each = shape[0] // len(self)
-        noise = torch.randn(self.batch * each, *shape[1:], generator=self.generator)
+        noise = torch.randn(self.batch * each, *shape[1:], generator=self.gaussian, device=self.gaussian.device)
         return self.keep(noise.unflatten(0, (self.batch, each))).flatten(0, 1).to(self.device)
 
     def uniform(self) -> torch.Tensor:
@@ -97,6 +99,45 @@ def replicate(module: nn.Module, method: str, device: torch.device) -> nn.Module
     return nn.parallel.DistributedDataParallel(
         Method(module, method), device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True)
+
+
+class Flat(nn.Module):
+    """A forward pass that takes nothing but tensors: what a CUDA graph can be given."""
+
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        self.module, self.eager, self.names = module, module.forward, list(kwargs)
+        self.values = [torch.Tensor if isinstance(v, torch.Tensor) else v for v in (*args, *kwargs.values())]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        given = iter(tensors)
+        values = [next(given) if value is torch.Tensor else value for value in self.values]
+        args, kwargs = values[: len(values) - len(self.names)], values[len(values) - len(self.names) :]
+        return self.eager(*args, **dict(zip(self.names, kwargs, strict=True)))
+
+
+def replay(module: nn.Module) -> None:
+    """From its first forward pass with gradients on, a module's kernels are recorded as a CUDA graph and replayed.
+
+    The thousands of launches of a small network take longer than the kernels. Shapes have to stay what they were.
+    """
+    eager, recorded = module.forward, []
+
+    def forward(*args: object, **kwargs: object) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return eager(*args, **kwargs)
+        tensors = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+        if not recorded:
+            inputs = tuple(v.detach().clone().requires_grad_(v.requires_grad) for v in tensors)
+            module.forward = eager
+            flat = Flat(module, args, kwargs)
+            dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+            with torch.autocast("cuda", dtype, enabled, cache_enabled=False):  # a cached cast would be of old weights
+                recorded.append(torch.cuda.make_graphed_callables(flat, inputs, allow_unused_input=True))
+            module.forward = forward
+        return recorded[0](*tensors)
+
+    module.forward = forward
 
 
 def shard(module: nn.Module, device: torch.device) -> nn.Module:

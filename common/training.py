@@ -78,13 +78,15 @@ class TrainingConfig(BaseConfig):
     checkpointing: bool = False  # recompute activations in the backward pass, for less memory
     workers: int = 0  # processes that prepare the clips of the next steps
     cache_latents: bool = False  # lessons 2, 3, 5, 6, 9: encode the frames of --data once, into OUT/latents
+    cuda_graphs: bool = False  # on one GPU: replay the U-Net's kernels, not launch them; what small networks wait for
+    device_noise: bool = False  # draw noise on the GPU: faster, but no longer the noise that a CPU draws for this seed
     flops: float = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
 
 
 # what may differ between two runs into the same folder
 RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
                   "sample_boxes", "keep_captions", "accumulate", "checkpointing", "workers", "cache_latents",
-                  "flops", "shard"}
+                  "flops", "shard", "cuda_graphs"}
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -286,7 +288,10 @@ class Run:
                 if not self.not_finite:
                     (loss / portions).backward()
 
-            yield parallel.Share(portion, batch, self.generator(*key), self.device, backward)
+            draw, noise = self.generator(*key), None
+            if getattr(self.config, "device_noise", False):
+                noise = torch.Generator(self.device).manual_seed(draw.initial_seed())
+            yield parallel.Share(portion, batch, draw, self.device, backward, noise)
 
     def parallel(self, module: nn.Module, method: str = "__call__", shard: bool = False) -> Callable:
         """How to call a module (or a method of it) in training, so that its gradients are those of all processes.
@@ -294,6 +299,12 @@ class Run:
         shard: cut the weights up as well, in place; before the optimizer and the average are made.
         """
         use_checkpointing(module, self.config)
+        if getattr(self.config, "cuda_graphs", False):
+            if self.device.type != "cuda" or self.processes > 1 or self.config.accumulate > 1 or shard:
+                raise UserError("--cuda-graphs wants one process on one GPU, without --accumulate and --shard")
+            for part in module.modules():
+                if hasattr(part, "checkpointing"):
+                    parallel.replay(part)
         if self.processes == 1:
             return getattr(module, method)
         network = (parallel.shard(module, self.device) if shard else
