@@ -121,7 +121,7 @@ def replay(module: nn.Module) -> None:
 
     The thousands of launches of a small network take longer than the kernels. Shapes have to stay what they were.
     """
-    eager, recorded = module.forward, []
+    eager, recorded = type(module).forward.__get__(module), []  # also where another training of it was recorded before
 
     def forward(*args: object, **kwargs: object) -> torch.Tensor:
         if not torch.is_grad_enabled():
