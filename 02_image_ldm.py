@@ -510,7 +510,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(NAME, config, variant)
     if config.sample_boxes:
         return draw_boxes(run, config)
-    source = open_data(config.data, config.height, config.width, config.final_fps, config.workers)
+    source = open_data(config.data, config.height, config.width, config.final_fps,
+                       config.workers, config.reuse, run.device)
     trained = train(run, config, source, variant)
     run.end_training()
     evaluate(run, config, source, *trained)

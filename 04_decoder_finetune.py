@@ -373,7 +373,8 @@ def main(argv: list[str] | None = None) -> None:
         image = StableDiffusion(config.backbone, None, *config.size, device=run.device)
     else:
         image = lesson02.load(run)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps,
+                       config.workers, config.reuse, run.device)
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)
     autoencoder = train(run, config, source, image, features)
     run.end_training()

@@ -350,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
         return training_cost(config, "unet", unet, forward, config.batch, config.steps)
     run = Run(NAME, config, variant_of(config))
     image = lesson02.load(run, "pixel" if config.pixel else "")
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps,
+                       config.workers, config.reuse, run.device)
     unet, ema = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, image, unet, ema)

@@ -79,7 +79,8 @@ class Config(TrainingConfig):
     beta_start: float = 1e-4  # first beta
     beta_end: float = 0.02  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    residual: bool = False  # the network is asked for what bilinear enlargement lacks, not for the whole picture
+    residual: bool = False  # diffuse what bilinear enlargement lacks, at unit variance, rather than the whole picture
+    shared_noise: float = 0.0  # part of the noise's variance that the frames of a clip have in common
     max_level: int = 250  # noise augmentation in training: uniform in 0 to this
     level: int = 150  # noise augmentation when sampling
     image_steps: int = 1800  # training steps of the image upsampler
@@ -99,15 +100,15 @@ class Config(TrainingConfig):
 
 # Frames of 64 x 128 have a quarter of the paper's pixels to average noise over, so the same level hides four times as
 # much. Levels with four times the paper's signal-to-noise ratio leave as much to see (Hoogeboom et al. 2023).
-SMALL = dict(residual=True, max_level=140, level=75)
+SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=30)
 PRESETS: dict[str, dict] = {
     "smoke": SMALL | dict(patch=4, frames=3, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
                           known_features=16, image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
     "cpu": SMALL,
-    "gpu": dict(residual=True, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2, attention=(8,),
-                output_norm=True, level_dim=256, known_features=64, image_steps=30_000, image_batch=32, image_lr=1e-4,
-                steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=50, power=1.0,
-                save_every=2000),
+    "gpu": dict(residual=True, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
+                attention=(8,), output_norm=True, level_dim=256, known_features=64, image_steps=30_000,
+                image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999,
+                ddim_steps=50, power=1.0, save_every=2000),
     # Table 6, driving upsampler. The table's attention resolution 8 can only be a downsampling factor; its alpha of
     # length 10 does not fit its 8 frames (8 here); its patch size is not given (64 small pixels is our guess).
     "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), output_norm=True,
@@ -136,8 +137,6 @@ class Upsampler(nn.Module):
             # Normalising a whole picture just before the output takes its brightness and contrast away, and in pixel
             # space they are the picture. Wide networks find ways around it; 16 channels in minutes do not.
             self.unet.out[0] = nn.Identity()
-        self.register_buffer("sigma", make_diffusion(config, "cpu").sigma, persistent=False)
-        self.residual = config.residual
         self.level = nn.Sequential(
             nn.Linear(config.level_dim, config.level_dim), nn.SiLU(), nn.Linear(config.level_dim, config.level_dim)
         )
@@ -146,19 +145,43 @@ class Upsampler(nn.Module):
                 frames: int | None = None) -> torch.Tensor:
         """x_tau: (b t) 3 4h 4w, small: (b t) 3 h w already noised to level; tau, level: b (images: one a picture)."""
         token = self.level(sinusoids(level, self.level[0].in_features))[:, None]  # b 1 d
-        enlarged = F.interpolate(small, scale_factor=SCALE, mode="bilinear").to(x_tau)
+        enlarged = enlarge(small).to(x_tau)
         x = torch.cat([x_tau, enlarged], dim=1).contiguous(memory_format=torch.channels_last)
-        output = self.unet(x, tau, token, frames=frames, time_context=token, known=enlarged)
-        if not self.residual:
-            return output
-        # v = alpha eps - sigma x: with x = enlarged + rest, the part of v that is known is taken off the network's task
-        sigma = self.sigma[tau].repeat_interleave(len(x) // len(tau))
-        return output - sigma[:, None, None, None] * enlarged
+        return self.unet(x, tau, token, frames=frames, time_context=token, known=enlarged)
 
 
 def shrink(video: torch.Tensor) -> torch.Tensor:
     """... 3 4h 4w -> ... 3 h w by averaging."""
     return F.avg_pool2d(video.flatten(0, -4), SCALE).unflatten(0, video.shape[:-3])
+
+
+def enlarge(small: torch.Tensor) -> torch.Tensor:
+    """b 3 h w -> b 3 4h 4w, bilinear."""
+    return F.interpolate(small, scale_factor=SCALE, mode="bilinear")
+
+
+def what_is_known(config: Config, diffusion: Diffusion, small: torch.Tensor,
+                  level: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """(mu, s): with --residual, (x - mu) / s is diffused in the place of x, and has about unit variance.
+
+    mu is the enlargement of the small frames (b 3 h w, diffused to `level`, b), s the deviation of what it lacks:
+    detail, of 0.08 in these scenes, and the noise of the level, of which enlarging keeps 0.4. A small network's errors
+    are then errors of s, not of the picture.
+    """
+    if not config.residual:
+        return 0.0, 1.0
+    alpha, sigma = diffusion.levels(level, small)
+    return enlarge(small / alpha), (0.08**2 + 0.4 * (sigma / alpha) ** 2).sqrt()
+
+
+def in_common(config: Config, noise: torch.Tensor, frames: int) -> torch.Tensor:
+    """Independent noise (b t) c h w to noise that frames have partly in common, of the same variance: with
+    --shared-noise rho, sqrt(rho) of the first frame's (Ge et al. 2023, "Preserve Your Own Correlation"). Frames that
+    see the same noise get the same grain, which then does not flicker."""
+    noise = rearrange(noise, "(b t) c h w -> b t c h w", t=frames)
+    first, rho = noise[:, :1], config.shared_noise
+    mixed = torch.cat([first, rho**0.5 * first + (1 - rho) ** 0.5 * noise[:, 1:]], dim=1)
+    return rearrange(mixed, "b t c h w -> (b t) c h w")
 
 
 def cut_from(share: Share) -> tuple[list[int], list[int]]:
@@ -243,7 +266,9 @@ def upsampling_loss(run: Run, config: Config, source, network: Callable, share: 
     small = shrink(x)
     # Noise augmentation: the *small* frames are diffused to `level` (Eq. 5 prints the large x there; see the README)
     small = diffusion.diffuse(small, share.normal(small.shape), level.repeat_interleave(t))
-    eps = share.normal(x.shape)
+    mu, s = what_is_known(config, diffusion, small, level.repeat_interleave(t))
+    x = (x - mu) / s
+    eps = in_common(config, share.normal(x.shape), t)
     x_tau = diffusion.diffuse(x, eps, tau.repeat_interleave(t))
     with run.autocast():
         output = network(x_tau, tau, small, level, frames).float()
@@ -260,7 +285,7 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
 
     video False applies the image upsampler, alpha = 1, to the same noise.
     """
-    diffusion = make_diffusion(config, run.device)
+    diffusion, first = make_diffusion(config, run.device), None
     for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames)):
         draw, t = run.generator("upsample", *key, number), len(part)
         groups = 1 if video else t  # images: every frame is a batch row of its own
@@ -273,9 +298,14 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
             with run.autocast():
                 return model(x_tau, tau[: len(level)], low, level, frames)
 
-        noise = torch.randn(t, 3, *(SCALE * s for s in part.shape[-2:]), generator=draw).to(run.device)
-        large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, 1.0, label, config.power)
-        yield from large.cpu()[-new:]
+        mu, s = what_is_known(config, diffusion, low, level.repeat_interleave(t // groups))
+        noise = torch.randn(t, 3, *(SCALE * side for side in part.shape[-2:]), generator=draw).to(run.device)
+        if config.shared_noise:
+            noise[0] = first = noise[0] if first is None else first  # all portions have it in common
+        noise = in_common(config, noise, t)
+        large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, None if config.residual else 1.0,
+                               label, config.power)
+        yield from (mu + s * large).clamp(-1, 1).cpu()[-new:]
 
 
 # %% Figures and numbers
@@ -339,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.patch > min(image.config.height, image.config.width):
         raise UserError(f"--patch {config.patch}: larger than the frames, {image.config.height} x {image.config.width}")
     source = open_data(config.data, SCALE * image.config.height, SCALE * image.config.width, config.final_fps,
-                       config.workers)
+                       config.workers, config.reuse, run.device)
     model = train(run, config, source, image)
     run.end_training()
     evaluate(run, config, source, model.eval())

@@ -542,7 +542,8 @@ def main(argv: list[str] | None = None) -> None:
         return show(config)
     run = Run(NAME, config)
     image = open_backbone(run, config, config.keep_captions)
-    source = open_data(config.data, image.config.height, image.config.width, config.final_fps, config.workers)
+    source = open_data(config.data, image.config.height, image.config.width, config.final_fps,
+                       config.workers, config.reuse, run.device)
     if config.spatial_steps:
         train_spatial(run, config, source, image)
     unet, ema = train_key_frames(run, config, source, image)

@@ -362,7 +362,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < config.patch <= min(height, width) or any(n % unet.factor for n in (config.patch, height, width)):
         raise UserError(f"--patch {config.patch}, small frames {height} x {width}: the patch must fit into them, and "
                         f"all be multiples of {unet.factor}, as the U-Net halves them")
-    source = open_data(config.data, SCALE * height, SCALE * width, config.final_fps, config.workers)
+    source = open_data(config.data, SCALE * height, SCALE * width, config.final_fps,
+                       config.workers, config.reuse, run.device)
     train(run, config, source, image, unet)
     run.end_training()
     evaluate(run, config, source, image, unet.eval())

@@ -449,6 +449,30 @@ class Ahead:
         return self.source.clips(*asked[0]) if made is None else made.result()
 
 
+class Again:
+    """A source whose training clips serve several steps in a row (--reuse), each with noise of its own, and stay on the
+    device meanwhile: for where making clips takes longer than training on them."""
+
+    def __init__(self, source: "DrivingScenes | VideoFolder | Ahead", times: int, device: torch.device | str) -> None:
+        self.source, self.times, self.device, self.kept = source, times, device, {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+              split: str = "train") -> Clips:
+        if split != "train" or len(key) < 3:
+            return self.source.clips(key, rows, frames, fps, split)
+        seed, lesson, step, *rest = key
+        rows = range(rows) if isinstance(rows, int) else rows
+        asked = (seed, lesson, step // self.times, *rest), tuple(rows), frames, fps
+        if asked not in self.kept:
+            self.kept = {old: clips for old, clips in self.kept.items() if old[0][2] == asked[0][2]}
+            clips = self.source.clips(*asked)
+            self.kept[asked] = dataclasses.replace(clips, video=clips.video.to(self.device))
+        return self.kept[asked]
+
+
 def start_worker(source: DrivingScenes | VideoFolder) -> None:
     global worker_source  # of this process; sending it along with every request would take longer than the request
     worker_source = source
@@ -459,9 +483,13 @@ def make_clips(*request: object) -> Clips:
     return worker_source.clips(*request)
 
 
-def open_data(data: str, height: int, width: int, final_fps: float,
-              workers: int = 0) -> DrivingScenes | VideoFolder | Ahead:
-    """The built-in scenes for "driving", else a folder of videos. Raises UserError."""
+def open_data(data: str, height: int, width: int, final_fps: float, workers: int = 0, reuse: int = 1,
+              device: torch.device | str = "cpu") -> DrivingScenes | VideoFolder | Ahead | Again:
+    """The built-in scenes for "driving", else a folder of videos. Raises UserError.
+
+    workers: processes that make the clips of coming steps; reuse: steps in a row that share clips, kept on `device`.
+    """
     source = (DrivingScenes(height, width, final_fps) if data == "driving" else
               VideoFolder(Path(data).expanduser(), height, width, final_fps))
-    return Ahead(source, workers) if workers else source
+    source = Ahead(source, workers) if workers else source
+    return Again(source, reuse, device) if reuse > 1 else source

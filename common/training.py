@@ -80,6 +80,7 @@ class TrainingConfig(BaseConfig):
     cache_latents: bool = False  # lessons 2, 3, 5, 6, 9: encode the frames of --data once, into OUT/latents
     cuda_graphs: bool = False  # on one GPU: replay the U-Net's kernels, not launch them; what small networks wait for
     device_noise: bool = False  # draw noise on the GPU: faster, but no longer the noise that a CPU draws for this seed
+    reuse: int = 1  # steps in a row that share clips, each with noise of its own: where making clips takes longest
     flops: float = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
 
 
@@ -129,7 +130,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     preset = given.pop("preset", config_class.preset)
     config = preset_config(config_class, presets, preset, **given)
-    for name in ("steps", "batch", "frames", "save_every", "accumulate"):
+    for name in ("steps", "batch", "frames", "save_every", "accumulate", "reuse"):
         if getattr(config, name, 1) < (0 if name == "steps" else 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if not config.final_fps > 0:
