@@ -60,6 +60,7 @@ from common.training import (
 
 lesson02 = import_module("02_image_ldm")
 NAME = "04_decoder_finetune"
+PORTION = 4  # times the frames of a training clip are decoded at once
 
 
 # %% Config
@@ -164,14 +165,14 @@ def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
 
 
 def load(run: Run, image) -> tuple[Autoencoder, int]:
-    """The autoencoder with this lesson's decoder from OUT, and how many frames it was trained to see at a time."""
+    """The autoencoder with this lesson's decoder from OUT, and how many frames it is given at a time."""
     path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     autoencoder = video_autoencoder(image, content["config"]["kernel"])
     train_decoder(autoencoder, content["config"]["freeze_spatial"])
     load_part(autoencoder, content["ema"]["shadow"], path)
-    return autoencoder.requires_grad_(False).eval(), content["config"]["frames"]
+    return autoencoder.requires_grad_(False).eval(), PORTION * content["config"]["frames"]
 
 
 def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
@@ -181,30 +182,50 @@ def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
         parameter.requires_grad_(ours and (is_temporal(name) or not freeze_spatial))
 
 
-def in_portions(items: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
+def in_portions(items: Iterable[torch.Tensor], size: int, overlap: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
     """Stacks a stream of frames into portions of `size`; yields each with how many of its last frames are new.
 
-    All portions are full: the last one overlaps backwards into frames that were already given. (A stream shorter than
-    `size` is one short portion.)
+    The others, at least `overlap` from the second portion on, are the last ones of the portion before. All portions are
+    full: the last one reaches back further. (A stream shorter than `size` is one short portion.)
     """
-    window, new = [], 0
+    window, new, wanted = [], 0, size
     for item in items:
         window, new = [*window, item][-size:], new + 1
-        if new == size:
+        if new == wanted:
             yield torch.stack(window), new
-            new = 0
+            new, wanted = 0, size - overlap
     if new:
         yield torch.stack(window), new
 
 
+def faded(portions: Iterable[tuple[torch.Tensor, int]], overlap: int) -> Iterator[torch.Tensor]:
+    """Frames of `in_portions` that went through a network, one by one: where portions overlap, the old one fades into
+    the new one. At a hard cut all frames jump a little at once, which the eye finds at once, every second or so."""
+    waiting: list[torch.Tensor] = []  # frames that the next portion has a say in
+    for frames, new in portions:
+        again = frames[: len(frames) - new][len(frames) - new - len(waiting) :]
+        for i, (old, anew) in enumerate(zip(waiting, again, strict=True)):
+            yield old + (i + 1) / (len(waiting) + 1) * (anew - old)
+        fresh = list(frames[len(frames) - new :])
+        done = max(0, len(fresh) - overlap)
+        yield from fresh[:done]
+        waiting = fresh[done:]
+    yield from waiting
+
+
 @torch.no_grad()
 def decode_stream(run: Run, autoencoder: Autoencoder, z: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Latents of one video, c h w each, to frames 3 H W in [-1, 1] on the CPU, in portions of `size` frames."""
-    for part, new in in_portions(z, size):
-        set_frames(autoencoder, len(part))
-        with run.autocast():
-            decoded = autoencoder.decode(part.to(run.device))
-        yield from decoded.cpu().clamp(-1, 1)[-new:]
+    """Latents of one video, c h w each, to frames 3 H W in [-1, 1] on the CPU, in portions of `size` frames of which a
+    third overlaps. Trained on 6 frames, the convolutions over time serve for any number; longer portions are calmer."""
+
+    def decoded() -> Iterator[tuple[torch.Tensor, int]]:
+        for part, new in in_portions(z, size, size // 3):
+            set_frames(autoencoder, len(part))
+            with run.autocast():
+                frames = autoencoder.decode(part.to(run.device))
+            yield frames.cpu().clamp(-1, 1), new
+
+    return faded(decoded(), size // 3)
 
 
 # %% Losses: perceptual features and discriminators

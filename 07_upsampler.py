@@ -65,6 +65,7 @@ SCALE = 4
 class Config(TrainingConfig):
     patch: int = 16  # side of a training patch in small pixels; the large one is 4 times that
     frames: int = 8  # T, frames of a training clip, and of a portion when sampling
+    overlap: int = 0  # frames that portions have in common when sampling; there one fades into the other
     fps: float = 0.0  # frame rate of the training clips; 0: the final rate
     channels: int = 16  # base width
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # factor of the width per level
@@ -100,12 +101,12 @@ class Config(TrainingConfig):
 
 # Frames of 64 x 128 have a quarter of the paper's pixels to average noise over, so the same level hides four times as
 # much. Levels with four times the paper's signal-to-noise ratio leave as much to see (Hoogeboom et al. 2023).
-SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=30)
+SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=10, ddim_steps=2, power=1.0, eta=0.0)
 PRESETS: dict[str, dict] = {
-    "smoke": SMALL | dict(patch=4, frames=3, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
+    "smoke": SMALL | dict(patch=4, frames=3, overlap=1, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
                           known_features=16, image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
-    "cpu": SMALL,
-    "gpu": dict(residual=True, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
+    "cpu": SMALL | dict(overlap=2),
+    "gpu": dict(residual=True, overlap=2, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
                 attention=(8,), output_norm=True, level_dim=256, known_features=64, image_steps=30_000,
                 image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999,
                 ddim_steps=50, power=1.0, save_every=2000),
@@ -285,27 +286,32 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
 
     video False applies the image upsampler, alpha = 1, to the same noise.
     """
-    diffusion, first = make_diffusion(config, run.device), None
-    for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames)):
-        draw, t = run.generator("upsample", *key, number), len(part)
-        groups = 1 if video else t  # images: every frame is a batch row of its own
-        level = torch.full((groups,), config.level, device=run.device)
-        low = torch.randn(part.shape, generator=draw).to(run.device)
-        low = diffusion.diffuse(part.to(run.device), low, level.repeat_interleave(t // groups))
+    diffusion = make_diffusion(config, run.device)
 
-        def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
-                    frames: int | None = t if video else None) -> torch.Tensor:
-            with run.autocast():
-                return model(x_tau, tau[: len(level)], low, level, frames)
+    def enlarged() -> Iterator[tuple[torch.Tensor, int]]:
+        first = None
+        for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames, config.overlap)):
+            draw, t = run.generator("upsample", *key, number), len(part)
+            groups = 1 if video else t  # images: every frame is a batch row of its own
+            level = torch.full((groups,), config.level, device=run.device)
+            low = torch.randn(part.shape, generator=draw).to(run.device)
+            low = diffusion.diffuse(part.to(run.device), low, level.repeat_interleave(t // groups))
 
-        mu, s = what_is_known(config, diffusion, low, level.repeat_interleave(t // groups))
-        noise = torch.randn(t, 3, *(SCALE * side for side in part.shape[-2:]), generator=draw).to(run.device)
-        if config.shared_noise:
-            noise[0] = first = noise[0] if first is None else first  # all portions have it in common
-        noise = in_common(config, noise, t)
-        large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, None if config.residual else 1.0,
-                               label, config.power)
-        yield from (mu + s * large).clamp(-1, 1).cpu()[-new:]
+            def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
+                        frames: int | None = t if video else None) -> torch.Tensor:
+                with run.autocast():
+                    return model(x_tau, tau[: len(level)], low, level, frames)
+
+            mu, s = what_is_known(config, diffusion, low, level.repeat_interleave(t // groups))
+            noise = torch.randn(t, 3, *(SCALE * side for side in part.shape[-2:]), generator=draw).to(run.device)
+            if config.shared_noise:
+                noise[0] = first = noise[0] if first is None else first  # all portions have it in common
+            noise = in_common(config, noise, t)
+            clamp = None if config.residual else 1.0
+            large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, clamp, label, config.power)
+            yield (mu + s * large).clamp(-1, 1).cpu(), new
+
+    return lesson04.faded(enlarged(), config.overlap)
 
 
 # %% Figures and numbers

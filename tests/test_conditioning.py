@@ -109,6 +109,18 @@ def test_portions_are_full_and_cover_every_frame_once(length: int) -> None:
     assert given == list(range(length))
 
 
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 10, 13, 25])
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_portions_fade_into_each_other(length: int, overlap: int) -> None:
+    portions = list(lesson04.in_portions(torch.arange(length).float(), 6, overlap))
+    assert all(len(part) - new >= overlap for part, new in portions[1:])
+    given = [round(float(x), 4) for x in lesson04.faded(portions, overlap)]
+    assert given == list(range(length))  # nothing is lost, nothing comes twice
+    shifted = [(part + 100 * i, new) for i, (part, new) in enumerate(portions)]  # portions that disagree by 100
+    steps = torch.stack(list(lesson04.faded(shifted, overlap))).diff() - 1
+    assert length == 1 or float(steps.max()) <= 100 / (overlap + 1) + 1e-3
+
+
 @pytest.mark.parametrize(("keys", "frames"), [(8, 29), (29, 113), (2, 5)])
 def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: int, frames: int) -> None:
     class Guess(torch.nn.Module):
