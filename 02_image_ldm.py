@@ -127,7 +127,7 @@ PRESETS: dict[str, dict] = {
     "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
                   channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
                   steps=4, batch=2, ddim_steps=3, samples=2),
-    "cpu": {},
+    "cpu": dict(ae_batch=8, ae_lr=2e-3, ae_steady=400, ae_steps=2400, gan_start=2250, steady=600),
     "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
                 ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
                 attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999, warmup=1000,

@@ -16,6 +16,7 @@ Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/05_prediction/: ch
 futures.png, futures.gif, guidance.png, metrics.png.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -89,7 +90,7 @@ class Config(TrainingConfig):
 PAPER = dict(feed_forward=4.0, known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, known_features=16, steps=3, batch=1, ddim_steps=2, samples=1, futures=2, sweep=(1.0, 2.0)),
-    "cpu": {},
+    "cpu": dict(steady=400),
     "gpu": PAPER | dict(steps=40_000, batch=16, warmup=1000, ddim_steps=100, save_every=2000),
     # Table 6, driving prediction: 9 clips on each of 40 GPUs. p_S is not in the paper: ours.
     "paper": PAPER | dict(frames=10, alpha_frames=10, steps=146_000, batch=360, ddim_steps=200),
@@ -279,6 +280,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
         for scale in config.sweep:
             clips = predict_clips(unet, image, z[:, :1], real, config, run, 1, guidance=scale, label=f"s = {scale:g}")
             by_scale[scale] = decode(clips)
+        copy_error(run, config, image, unet, z, real)
     truths = truth.repeat_interleave(n, 0)
     run.report("given frame, S = 1, PSNR", psnr(futures[:, 0], truths[:, 0]), "dB", at_least=25)
     run.report("given frames, S = 2, PSNR", psnr(second[:, :2], truth[:, :2]), "dB", at_least=25)
@@ -299,6 +301,47 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
     plot_sweep(run, by_scale, truth, float(real_distance))
     plot_metrics(run.folder / "metrics.csv", ["loss"], "prediction")
     print(f"pictures: {run.folder}/futures.png (truth, three futures, S = 2), futures.gif, guidance.png")
+
+
+COPY_TAUS = (20, 100, 400, 700, 999)
+
+
+def clean_errors(image, predict: Callable, z: torch.Tensor, eps: torch.Tensor, known: Sequence[int],
+                 asked: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Errors (root mean squares; latents have deviation 1) of the clean estimate at COPY_TAUS, of the frames that are
+    known and of those asked for. z: b t c h w; predict(z_tau, tau of every frame) gives the network's output."""
+    flat, errors = rearrange(z, "b t c h w -> (b t) c h w"), ([], [])
+    for level in COPY_TAUS:
+        tau = torch.full((len(flat),), level, device=flat.device)
+        z_tau = image.diffusion.diffuse(flat, eps, tau)
+        clean, _ = image.diffusion.split(predict(z_tau, tau).float(), z_tau, tau)
+        square = rearrange((clean - flat).square(), "(b t) c h w -> b t c h w", b=len(z))
+        for which, frames in zip(errors, (known, asked), strict=True):
+            which.append(float(square[:, list(frames)].mean().sqrt()))
+    return errors
+
+
+def copy_error(run: Run, config: Config, image, unet: nn.Module, z: torch.Tensor, real: Clips) -> None:
+    """Does the network copy what it is given? From tau = 999, where z_tau is noise, the known frames are all it has."""
+    eps, figure = run.noise((len(z) * config.frames, *image.shape), "copy"), plt.figure(figsize=(7, 2.6))
+    context = image.conditioner(real)
+    for s in (1, 2):
+        mask = prediction_mask(torch.full((len(z),), s), config.frames)
+        c_S = masked_context(rearrange(z, "b t c h w -> (b t) c h w"), mask)
+
+        def predict(z_tau: torch.Tensor, tau: torch.Tensor, c_S: torch.Tensor = c_S) -> torch.Tensor:
+            with run.autocast():
+                return run_unet(unet, z_tau, tau[:: config.frames], context, c_S, config)
+
+        known, asked = clean_errors(image, predict, z, eps, range(s), range(s, config.frames))
+        axis = figure.add_subplot(1, 2, s)
+        axis.plot(COPY_TAUS, known, "o-", label="known frames")
+        axis.plot(COPY_TAUS, asked, "o-", label="frames asked for")
+        axis.set(xlabel="diffusion time tau", title=f"error of the clean estimate, S = {s}", yscale="log")
+        axis.legend()
+        run.report(f"copy error at tau 999, S = {s}", known[-1], at_most=0.2)
+    figure.tight_layout()
+    save_figure(figure, run.folder / "copy_error.png")
 
 
 def plot_sweep(run: Run, by_scale: dict[float, torch.Tensor], truth: torch.Tensor, real_distance: float) -> None:

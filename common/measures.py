@@ -64,6 +64,13 @@ def flicker(video: torch.Tensor, truth: torch.Tensor) -> float:
     return float((video.float().diff(dim=1) - truth.float().diff(dim=1)).abs().mean())
 
 
+def restlessness(video: torch.Tensor, real: torch.Tensor) -> float:
+    """Mean absolute change from frame to frame over that of real clips at the same rate. 1 is as calm as they are; what
+    boils has more. A blurred or frozen video has less, so it goes with a number for sharpness or for motion."""
+    change = [float(clips.float().clamp(-1, 1).diff(dim=1).abs().mean()) for clips in (video, real)]
+    return change[0] / max(change[1], 1e-8)
+
+
 def seam(video: torch.Tensor, truth: torch.Tensor, at: int) -> float:
     """Error of the step in time into frame `at`, where a portion begins, over the mean error of all other steps."""
     steps = (video.float().diff(dim=1) - truth.float().diff(dim=1)).abs().mean(dim=(0, 2, 3, 4))
