@@ -419,7 +419,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, model: nn
         truth, ours = decoded(run, image, z), decoded(run, image, ours)
         weight = torch.linspace(0, 1, lesson06.FRAMES).view(1, -1, 1, 1, 1)
         blend = (1 - weight) * truth[:, :1] + weight * truth[:, -1:]
-        lesson06.report_pass(run, name, truth, ours, blend)
+        lesson06.report_pass(run, name, clips.video, truth, ours, blend)
         strips += [truth[0], ours[0], blend[0]]
     sheet(strips, run.folder / "middle_frames.png")
     plot_metrics(run.folder / "metrics.csv", ["loss"], "key frames")

@@ -288,7 +288,7 @@ class World:
 
     def interpolation(self):
         def make():
-            self.prediction()  # trains lesson 3, where this begins
+            self.prediction()  # where this begins
             run, config = self.lesson(lesson06)
             model, ema = lesson06.train(run, config, self.source, self.image())
             ema.use()
