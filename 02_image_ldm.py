@@ -114,7 +114,7 @@ class Config(TrainingConfig):
     steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.998  # decay of the weight average
     p_drop: float = 0.3  # probability of dropping the condition; most samples of this course are unconditional
-    ddim_steps: int = 50  # sampling steps
+    ddim_steps: int = 25  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral
     guidance: float = 2.0  # scale of classifier-free guidance on the condition
     samples: int = 16  # pictures in samples.png and frames in the held-out numbers

@@ -79,7 +79,7 @@ class Config(TrainingConfig):
     warmup: int = 50  # steps of linear warm-up
     steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 8  # sampling steps; few, as a model this small adds grain with every one
+    ddim_steps: int = 16  # sampling steps
     eta: float = 1.0  # 0 deterministic, 1 ancestral
     guidance: float = 1.5  # scale s of context guidance, Eq. (4)
     sweep: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)  # scales in guidance.png

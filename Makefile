@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make demo` (a long video from the weights in checkpoints/, no training) and `make test`.
 # `make course` trains lessons 1 to 8 from nothing, or goes on where it was interrupted; `make text` adds 9 to 11.
-# `make weights` trains the same lessons longer and packs them into checkpoints/: a day on two cores, minutes on a GPU with
-# make -j3 weights EXTRA="--workers 5 --cuda-graphs --device-noise". Interrupted, it goes on where it was.
+# `make weights` trains the same lessons longer and packs them into checkpoints/: a day on two cores, minutes on a GPU:
+# make -j3 weights EXTRA="--threads 1 --workers 5 --cuda-graphs --device-noise". Interrupted, it goes on where it was.
 # TORCH_CONSTRAINTS: a pip constraints file; the tested torch by default, since an unpinned install can pull several GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -50,14 +50,16 @@ course: $(LESSONS:%=$(OUT)/%/numbers.json)
 text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
 	$(RUN) 09_text_to_video.py $(FLAGS) --prompt "$(PROMPT)" --overwrite
 
-# What `make weights` changes: batches, and rates that fall with the root of the step.
-weights_02_image_ldm = --ae-steps 14000 --ae-batch 64 --ae-lr 2e-3 --ae-steady 500 --gan-start 13000 \
-  --steps 5000 --batch 64 --steady 500 --ema-decay 0.999
-weights_03_temporal_layers = --steps 2500 --batch 16 --steady 500 --ema-decay 0.998
-weights_04_decoder_finetune = --steps 2000 --batch 8 --steady 300 --gan-start 1700 --feature-steps 1000
-weights_05_prediction = --steps 4000 --batch 32 --steady 500 --ema-decay 0.998
-weights_06_interpolation = --steps 5000 --batch 64 --steady 500 --ema-decay 0.998
-weights_07_upsampler = --image-steps 4000 --image-batch 64 --steps 2000 --batch 16 --steady 500 --ema-decay 0.998
+# What `make weights` changes: batches, and rates that fall with the root of the step. What checkpoints/ holds was made
+# with nearly these (made.json there has each command): twelve minutes of a GPU and an hour of a CPU.
+weights_02_image_ldm = --ae-steps 6800 --ae-batch 32 --ae-steady 500 --gan-start 6400 \
+  --steps 2000 --batch 64 --steady 500 --ema-decay 0.999 --reuse 2
+weights_03_temporal_layers = --steps 500 --batch 32 --ema-decay 0.998 --reuse 4
+weights_04_decoder_finetune = --steps 2500 --batch 8 --steady 300 --gan-start 1900 --feature-steps 800
+weights_05_prediction = --steps 1000 --batch 32 --steady 500 --ema-decay 0.998 --reuse 4
+weights_06_interpolation = --steps 2300 --batch 64 --steady 500 --ema-decay 0.998 --reuse 3
+weights_07_upsampler = --image-steps 2500 --image-batch 64 --steps 2000 --batch 16 --steady 500 \
+  --ema-decay 0.998 --reuse 3
 
 weights: $(VENV)/installed
 	$(MAKE) OUT=runs/weights LONG=weights $(patsubst %,runs/weights/%/numbers.json,$(filter-out 01%,$(LESSONS)))

@@ -4,7 +4,8 @@ python docs/pack.py runs/cpu-driving                   all that 08_sample_long.p
 python docs/pack.py runs/tables-driving                the readers of 12_tables.py
 
 Keeps the averaged weights in half precision, laid out as an OUT. checkpoints/made.json says of each file which command
-and seed made it and at which commit it was packed (pack where you trained); metrics.csv or its like beside it holds
+and seed made it, on which device, and at which commit it was packed (pack where you trained; a line "hours ..." in the
+run's env.txt is kept too); metrics.csv or its like beside it holds
 the curve, a mean over every 50 steps.
 """
 
@@ -70,6 +71,7 @@ def pack(out: Path) -> None:
         environment = dict(line.partition(" ")[::2] for line in (path.parent / "env.txt").read_text().splitlines())
         made[name] = {"command": "python " + environment["command"].replace(" --resume", ""), "commit": commit,
                       "seed": content["config"]["seed"], "steps": content["step"], "torch": environment["torch"],
+                      "machine": environment.get("device", ""), "hours": environment.get("hours", "not kept"),
                       "precision": environment["precision"], "curve": str(Path(name).with_name(curve)),
                       "bytes": target.stat().st_size}
     if not made:
