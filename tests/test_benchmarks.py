@@ -1,6 +1,7 @@
 """The benchmarks compare what they say: equal networks, measured in turn. Times themselves are never tested."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,27 @@ def test_growth_is_a_power_law_of_each_size(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").stat().st_size > 1000
     clock = bench.Clock(torch.device("cpu"), 1)
     assert min(bench.steps_of_size(clock, frames=2, pixels=32)) > 0
+
+
+def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpu", Path(bench.__file__).parent / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    gpu.main(["--tiny", "--minutes", "5", "--out", str(tmp_path)])
+    first = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: job["exit code"] for name, job in first.items()} == dict.fromkeys(
+        ("tests", "lessons", "training", "weights"), 0)
+    assert {job["part"] for job in first.values()} == set(gpu.PARTS)
+    first["training"]["exit code"] = -15  # as if it had been stopped
+    (tmp_path / "gpu.json").write_text(json.dumps(first))
+    gpu.main(["--tiny", "--minutes", "5", "--out", str(tmp_path)])
+    second = json.loads((tmp_path / "gpu.json").read_text())
+    assert second["training"]["exit code"] == 0 and second["weights"] == first["weights"]
+
+
+def test_a_job_at_its_limit_is_stopped(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpu", Path(bench.__file__).parent / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    found = gpu.do(gpu.Job("fast", "sleep", ["sleep", "60"], 1), 1, tmp_path / "log")
+    assert found["exit code"] == -15 and found["seconds"] < 20
