@@ -189,7 +189,7 @@ def load(run: Run, variant: str = "") -> ImageModel:
     name = f"{NAME}-{variant}" if variant else NAME
     flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
     remedy = command(NAME, run.config, *flags)
-    path = run.config.folder() / name / "checkpoint.pt"
+    path = run.built_on(name) / "checkpoint.pt"
     content = load_checkpoint(path, remedy)
     model = ImageModel(config_of(Config, content), run.device)
     check_lineage({"lineage": content["lineage"]}, {"data": run.config.data_name()}, path, remedy)
@@ -207,7 +207,7 @@ def load(run: Run, variant: str = "") -> ImageModel:
 
 def load_autoencoder(run: Run, autoencoder: Autoencoder, remedy: str) -> None:
     """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it)."""
-    path = run.config.folder() / NAME / "autoencoder.pt"
+    path = run.built_on(NAME) / "autoencoder.pt"
     content = load_checkpoint(path, remedy)
     load_part(autoencoder, content["ema"]["shadow"], path)
     autoencoder.scale.fill_(content.get("latent_scale", 1.0))

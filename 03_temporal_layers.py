@@ -119,7 +119,7 @@ def grow(unet: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 def load_temporal(run: Run, image, lesson: str = NAME) -> dict[str, torch.Tensor]:
     """The averaged temporal weights of a lesson from OUT, checked against the image model they were trained on."""
-    path, remedy = run.config.folder() / lesson / "checkpoint.pt", command(lesson, run.config)
+    path, remedy = run.built_on(lesson) / "checkpoint.pt", command(lesson, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     return content["ema"]["shadow"]

@@ -167,7 +167,7 @@ def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
 
 def load(run: Run, image) -> tuple[Autoencoder, int]:
     """The autoencoder with this lesson's decoder from OUT, and how many frames it is given at a time."""
-    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    path, remedy = run.built_on(NAME) / "checkpoint.pt", command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     autoencoder = video_autoencoder(image, content["config"]["kernel"])

@@ -176,7 +176,7 @@ def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: t
 
 def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
     """The trained prediction model (averaged weights) from OUT, and its configuration."""
-    path = run.config.folder() / (f"{NAME}-{variant}" if variant else NAME) / "checkpoint.pt"
+    path = run.built_on(f"{NAME}-{variant}" if variant else NAME) / "checkpoint.pt"
     remedy = command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)

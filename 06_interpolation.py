@@ -119,7 +119,7 @@ class Interpolator(nn.Module):
 
 def load(run: Run, image) -> tuple[nn.Module, Config]:
     """The trained interpolation model (averaged weights) from OUT, and its configuration."""
-    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
+    path, remedy = run.built_on(NAME) / "checkpoint.pt", command(NAME, run.config)
     content = load_checkpoint(path, remedy)
     check_lineage(content, image.lineage, path, remedy)
     config = config_of(Config, content)

@@ -209,7 +209,7 @@ def make_diffusion(config: Config, device: torch.device | str) -> Diffusion:
 
 def load(run: Run, image) -> tuple[nn.Module, Config]:
     """The trained upsampler (averaged weights, spatial and temporal) from OUT, and its configuration."""
-    folder, remedy = run.config.folder() / NAME, command(NAME, run.config)
+    folder, remedy = run.built_on(NAME), command(NAME, run.config)
     contents = [load_checkpoint(folder / name, remedy) for name in ("image.pt", "checkpoint.pt")]
     check_lineage(contents[1], size_lineage(image), folder / "checkpoint.pt", remedy)
     config = config_of(Config, contents[1])

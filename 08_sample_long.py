@@ -5,22 +5,20 @@ on from the last two, again and again; two interpolation passes make 4 (N - 1) +
 makes pixels; the upsampler makes them four times as large. Every stage is a generator that holds one window, so memory
 does not grow with the length of the video.
 
-  python 08_sample_long.py                            2 minutes on 2 cores
+  python 08_sample_long.py                            a minute on 2 cores
   python 08_sample_long.py --seconds 60 --no-upsampler
   python 08_sample_long.py --first-frame photo.png --futures 3
   python 08_sample_long.py --night 1 --cars 2 --overwrite
   python 08_sample_long.py --upsampled-seconds 1      the whole video small, and its first second large
 
-Expect a drive that keeps its sky, land and light; colour and sharpness inside the band of real clips; and neighbouring
-frames that differ five to eight times as much as real ones (drift.png), which is the grain of small models.
+Expect a drive that keeps its sky, land and light, whose colour, sharpness and change from frame to frame stay inside the
+band of real clips (drift.png).
 
-Reads OUT/02 to OUT/07; at the cpu preset, where nothing is trained there yet, the small weights in checkpoints/.
+Reads OUT/02 to OUT/07; at the cpu preset, where nothing is trained there yet, the weights in checkpoints/.
 Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,
 drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds, long-large.mp4 and so on.
 """
 
-import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -38,7 +36,7 @@ from common.data import Clips, open_data
 from common.image_model import conditions
 from common.measures import sharpness
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.training import CHECKPOINTS, BaseConfig, Run, UserError, cli, count, known_good, one_process, parse
+from common.training import BaseConfig, Run, UserError, cli, count, known_good, one_process, parse
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -75,25 +73,6 @@ PRESETS: dict[str, dict] = {
     "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
     "biking": dict(seconds=60.0),
 }
-
-
-# %% Weights: those of OUT, or the small ones of the repository
-
-NEEDED = ("02_image_ldm/autoencoder.pt", "02_image_ldm/checkpoint.pt", "04_decoder_finetune/checkpoint.pt",
-          "05_prediction/checkpoint.pt", "06_interpolation/checkpoint.pt", "07_upsampler/image.pt",
-          "07_upsampler/checkpoint.pt")
-
-
-def with_weights(run: Run) -> Run:
-    """The run, looking for weights in checkpoints/ where OUT has trained none of its own. Its folder stays."""
-    config = run.config
-    there = [name for name in NEEDED if (config.folder() / name).exists()]
-    if there or config.preset != "cpu" or config.data != "driving" or not CHECKPOINTS.exists():
-        return run  # a lesson that is missing among trained ones is named by its own error
-    print(f"{config.folder()} has no trained lessons: using the small trained weights in {CHECKPOINTS}")
-    other = copy.copy(run)
-    other.config = dataclasses.replace(config, out=str(CHECKPOINTS))
-    return other
 
 
 # %% The stages, each a generator over the frames of one video
@@ -308,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         return show_plan(config)
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
-    run = with_weights(Run(NAME, config))
+    run = Run(NAME, config)
     image = lesson02.load(run)
     labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)

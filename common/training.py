@@ -218,6 +218,7 @@ class Run:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
         self.rank, self.processes = parallel.join(self.device)
+        self.told: set[Path] = set()  # shipped weights that were named already
         self.networks: list[nn.Module] = []  # what gradients are exchanged for
         self.not_finite = False  # a loss of this step was not
         self.dtype = pick_dtype(config.precision, self.device)
@@ -255,6 +256,18 @@ class Run:
         lines += [f"device {self.device}", f"precision {self.dtype}", f"threads {torch.get_num_threads()}"]
         lines += ["command " + " ".join(sys.argv)]
         write_text(self.folder / "env.txt", "\n".join(lines) + "\n")
+
+    def built_on(self, lesson: str) -> Path:
+        """The folder of a lesson that this one builds on: in OUT, or, where OUT has no image model of its own (and so
+        nothing that could be built on another), in checkpoints/, trained longer than a course can be."""
+        own, shipped = self.config.folder() / lesson, CHECKPOINTS / lesson
+        begun = own.exists() or (self.config.folder() / "02_image_ldm").exists()
+        if begun or self.config.preset != "cpu" or self.config.data != "driving" or not shipped.exists():
+            return own
+        if shipped not in self.told:
+            self.told.add(shipped)
+            print(f"{self.config.folder()} has no {lesson}: taking the shipped one, {shipped}", flush=True)
+        return shipped
 
     def generator(self, *key: object) -> torch.Generator:
         """A CPU generator that depends on (seed, script, key) only. Noise is drawn on the CPU on every device."""
