@@ -343,7 +343,8 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
     real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, length, config.final_fps, "held-out").video
     with run.autocast():
         z = image.encode(real)
-    for kind, latents in (("jittering latents", z + JITTER * run.noise(z.shape, "jitter")), ("true latents", z)):
+    decoded = {}
+    for kind, latents in (("true latents", z), ("jittering latents", z + JITTER * run.noise(z.shape, "jitter"))):
         with run.autocast():
             by_image = image.decode(latents, length)
         clips = rearrange(latents, "(b t) c h w -> b t c h w", t=length)
@@ -353,6 +354,8 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
         run.report(f"restlessness, {kind}, video decoder", restless[1], "times real")
         goal = dict(at_most=-20) if kind == "jittering latents" else {}
         run.report(f"restlessness, {kind}, change", 100 * (restless[1] / restless[0] - 1), "%", **goal)
+        decoded[kind] = by_image, by_video
+    by_image, by_video = decoded["true latents"]
     run.report("flicker, image decoder", flicker(by_image, real))
     run.report("flicker, video decoder", flicker(by_video, real))
     run.report("PSNR, image decoder", psnr(by_image, real), "dB")
@@ -362,13 +365,15 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
     alphas = [float(p.sigmoid()) for n, p in autoencoder.named_parameters() if n.endswith("mix_factor")]
     run.report("alpha, smallest", min(alphas))
     run.report("alpha, largest", max(alphas))
+    by_image, by_video = decoded["jittering latents"]
     sheet([v[0, : config.frames] for v in (real, by_image, by_video)], run.folder / "decoders.png")
     row = real.shape[-2] * 2 // 3  # one line of pixels over time: flicker shows as streaks across it
     slices = [rearrange(v[:4, :, :, row], "b t c w -> b c t w") for v in (real, by_image, by_video)]
     sheet([piece.repeat_interleave(6, dim=2) for piece in slices], run.folder / "time_slices.png")
     animation(torch.stack([real[0], by_image[0], by_video[0]]), run.folder / "decoders.gif", config.final_fps / 4, 3)
     plot_metrics(run.folder / "metrics.csv", ["l1", "perceptual", "gan_weight"], "video decoder")
-    print(f"pictures: {run.folder}/decoders.png, time_slices.png, decoders.gif (real, image decoder, video decoder)")
+    print(f"pictures: {run.folder}/decoders.png, time_slices.png, decoders.gif (real, image decoder, video decoder, "
+          "from latents that jitter)")
 
 
 # %% Main
