@@ -81,9 +81,9 @@ def kill_again_and_again(name: str, out: Path, kills: int, draw: random.Random) 
 
 
 def what_others_stand_on(out: Path, text: bool) -> None:
-    """A whole lesson 2 and 3; for the lessons on text also the text backbone and lesson 9."""
-    for name, *flags in (["02_image_ldm"], ["03_temporal_layers"], ["02_image_ldm", "--condition", "text"],
-                         ["09_text_to_video"])[: 4 if text else 2]:
+    """Whole lessons 2, 3 and 5; for the lessons on text also the text backbone and lesson 9."""
+    for name, *flags in (["02_image_ldm"], ["03_temporal_layers"], ["05_prediction"],
+                         ["02_image_ldm", "--condition", "text"], ["09_text_to_video"])[: 5 if text else 3]:
         finished(start(name, out, *flags))
 
 
