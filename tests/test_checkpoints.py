@@ -24,7 +24,7 @@ def packing() -> dict:
 
 def test_every_file_says_how_it_was_made_and_all_are_small() -> None:
     files = {str(path.relative_to(CHECKPOINTS)) for path in CHECKPOINTS.rglob("*.pt")}
-    assert files == set(MADE) and set(lesson08.NEEDED) <= files
+    assert files == set(MADE) == set(packing()["CURVES"])
     for name, made in MADE.items():
         assert made["command"].startswith("python ") and len(made["commit"]) == 40 and made["seed"] == 0
         assert (CHECKPOINTS / name).stat().st_size == made["bytes"]
