@@ -120,6 +120,11 @@ class FrameResnetBlock(nn.Module):
         self.out_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Identity(), zero(conv()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported():
+            # On CPUs with AMX torch 2.13 leaves memory it never wrote in bfloat16 weight gradients of some 3D
+            # convolutions: often not finite, and if finite wrong without a word. In float32 they are right.
+            with torch.autocast("cpu", enabled=False):
+                return x + self.out_layers(self.in_layers(x.float())).to(x.dtype)
         return x + self.out_layers(self.in_layers(x))
 
 
