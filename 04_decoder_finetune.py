@@ -61,6 +61,7 @@ from common.training import (
 
 lesson02 = import_module("02_image_ldm")
 NAME = "04_decoder_finetune"
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # whether this CPU multiplies bfloat16 tiles
 PORTION = 4  # times the frames of a training clip are decoded at once
 
 
@@ -120,8 +121,8 @@ class FrameResnetBlock(nn.Module):
         self.out_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Identity(), zero(conv()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported():
-            # On CPUs with AMX torch 2.13 leaves memory it never wrote in bfloat16 weight gradients of some 3D
+        if AMX and x.device.type == "cpu" and torch.is_grad_enabled():
+            # On such CPUs torch 2.13 leaves memory it never wrote in bfloat16 weight gradients of some 3D
             # convolutions: often not finite, and if finite wrong without a word. In float32 they are right.
             with torch.autocast("cpu", enabled=False):
                 return x + self.out_layers(self.in_layers(x.float())).to(x.dtype)
