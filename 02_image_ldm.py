@@ -12,8 +12,8 @@ model samples with, without and with guided conditions.
                                                 Stable Diffusion, for lesson 9; shares the autoencoder
   python 02_image_ldm.py --pixel                no autoencoder: the pixel-space backbone of Table 1
 
-Expect at the cpu preset: held-out reconstruction of 28 dB and more, 20 dB and more on car pixels alone; samples with
-road, dashes and cars.
+Expect of the shipped weights, trained longer than this preset: held-out reconstruction of 34 dB, 26 dB on car pixels
+alone; samples with road, dashes and cars.
 
 Reads nothing. Writes OUT/02_image_ldm/: autoencoder.pt, checkpoint.pt, reconstructions.png, samples.png, metrics.png.
 The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the frame, left, top, right, bottom:
@@ -412,10 +412,10 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
         z = image.encode(held_out.video)
         if not config.pixel:
             decoded = image.decode(z)
-            run.report("held-out reconstruction PSNR", psnr(decoded, held_out.video), "dB", at_least=28)
+            run.report("held-out reconstruction PSNR", psnr(decoded, held_out.video), "dB", at_least=32)
             cars = box_mask(held_out.boxes, config.height, config.width)
             if cars.any():
-                run.report("held-out PSNR on car pixels", psnr(decoded, held_out.video, cars), "dB", at_least=20)
+                run.report("held-out PSNR on car pixels", psnr(decoded, held_out.video, cars), "dB", at_least=25)
             run.report("latent scale", float(image.autoencoder.scale))
             pick = slice(0, min(8, config.samples))
             sheet([held_out.video[pick, 0], decoded[pick, 0]], run.folder / "reconstructions.png")

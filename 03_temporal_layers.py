@@ -8,10 +8,10 @@ rate (1.875 frames a second). With alpha = 1 the image model is still there, bit
   python 03_temporal_layers.py          4 minutes on 2 cores
   python 03_temporal_layers.py --help   every option
 
-Expect at the cpu preset: frames of a clip that agree in sky, land and light (the low-pass colour of adjacent frames
-changes 2 to 3 times as much as in real clips, and 18 times as much without temporal layers), and a held-out loss at
-tau = 800 that is 20 % below the image model's. The training curve hardly shows any of it, which is why the held-out
-loss is plotted per noise level.
+Expect, of longer training than this preset's: frames of a clip that agree in sky, land and light (the low-pass colour
+of adjacent frames changes 1.5 times as much as in real clips, and 18 times as much without temporal layers), and a
+held-out loss at tau = 800 that is 32 % below the image model's. The training curve hardly shows any of it, which is why
+the held-out loss is plotted per noise level.
 
 Reads OUT/02_image_ldm. Writes OUT/03_temporal_layers/: checkpoint.pt (temporal weights only), before_after.png,
 after.gif, alphas.png, loss_per_level.png, metrics.png.
@@ -270,14 +270,14 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA,
             )
             with run.autocast():
                 videos[name] = image.decode(z, config.frames)
-    for name, goal in (("before", dict(at_least=4.0)), ("after", dict(at_most=1.5))):
+    for name, goal in (("before", dict(at_least=4.0)), ("after", dict(at_most=1.3))):
         ratios, flips = colour_ratios(videos[name], real)
         print(f"colour change over real, per clip, {name}: " + " ".join(f"{ratio:.2f}" for ratio in ratios))
         run.report(f"colour change over real, {name}", float(ratios.mean()), **goal)
     run.report("clips that flip between day and night", flips, at_most=config.samples // 8)
     (distance, mismatch), (real_distance, real_mismatch) = motion(videos["after"]), motion(real.video)
-    run.report("motion, distance over real", float(distance.mean() / real_distance.mean()), at_least=0.5, at_most=1.5)
-    run.report("motion, mismatch over real", float(mismatch.mean() / real_mismatch.mean()), at_most=1.5)
+    run.report("motion, distance over real", float(distance.mean() / real_distance.mean()), at_least=0.8, at_most=1.25)
+    run.report("motion, mismatch over real", float(mismatch.mean() / real_mismatch.mean()), at_most=1.3)
     run.report("motion, mismatch over real, before", float(motion(videos["before"])[1].mean() / real_mismatch.mean()))
     rows = [video[i] for i in range(min(3, config.samples)) for video in videos.values()]
     sheet(rows, run.folder / "before_after.png")

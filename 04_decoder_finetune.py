@@ -15,9 +15,9 @@ noise, which a decoder that sees several frames can average away. And frame-to-f
   python 04_decoder_finetune.py --backbone v1-5.safetensors --data FOLDER --preset paper --steps 35000 --batch 40
                                                         Stable Diffusion's decoder, as for WebVid (Tables 8 and 11)
 
-Expect at the cpu preset: from latents that jitter as generated ones do, a video that is at least 20 % calmer than the
-image decoder's (restlessness: change from frame to frame over that of real clips), at about its PSNR. On true latents
-there is less to mend, as those of these smooth scenes hardly jump.
+Expect of the shipped weights, trained longer than this preset: from latents that jitter as generated ones do, a quarter
+of the image decoder's restlessness (change from frame to frame over that of real clips); from true latents, which
+hardly jump in these smooth scenes, 19 % less, at 0.4 dB less PSNR.
 
 Reads OUT/02_image_ldm, or the file given with --backbone. Writes OUT/04_decoder_finetune/: checkpoint.pt (the video
 decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
@@ -358,8 +358,7 @@ def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) 
         restless = [restlessness(video, real) for video in (by_image, by_video)]
         run.report(f"restlessness, {kind}, image decoder", restless[0], "times real")
         run.report(f"restlessness, {kind}, video decoder", restless[1], "times real")
-        goal = dict(at_most=-20) if kind == "jittering latents" else {}
-        run.report(f"restlessness, {kind}, change", 100 * (restless[1] / restless[0] - 1), "%", **goal)
+        run.report(f"restlessness, {kind}, change", 100 * (restless[1] / restless[0] - 1), "%", at_most=-20)
         decoded[kind] = by_image, by_video
     by_image, by_video = decoded["true latents"]
     run.report("flicker, image decoder", flicker(by_image, real))

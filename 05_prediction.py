@@ -8,12 +8,11 @@ continues, in as many futures as there are seeds; with S = 2, again and again, i
   python 05_prediction.py                          4.5 minutes on 2 cores
   python 05_prediction.py --temporal attention     the ablations of Table 1, each in a folder of its own:
                                                    also --temporal conv, --end-to-end, --pixel
-Expect at the cpu preset: given frames come back (30 dB); the best of 8 futures is about as near to the true next frame
-as a copy of the given one, which is hard to beat where only cars and dashes move; things move as far as in real clips
-(within 20 %).
+Expect of the shipped weights, trained longer than this preset: given frames come back (33 dB); the best of 8 futures is
+1.5 dB nearer to the true next frame than a copy of the given one; things move two thirds as far as in real clips.
 
 Reads OUT/02_image_ldm and OUT/03_temporal_layers. Writes OUT/05_prediction/: checkpoint.pt (temporal weights),
-futures.png, futures.gif, guidance.png, metrics.png.
+futures.png, futures.gif, guidance.png, copy_error.png, metrics.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -289,7 +288,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
     run.report("copied frame, first predicted frame, PSNR", float(copied.mean()), "dB")
     run.report("mean of futures, first predicted frame, PSNR", float(each.mean()), "dB")
     run.report("best of futures, first predicted frame, PSNR", float(each.amax(1).mean()), "dB")
-    run.report("best of futures over the copy", float((each.amax(1) - copied).mean()), "dB", at_least=0)
+    run.report("best of futures over the copy", float((each.amax(1) - copied).mean()), "dB", at_least=0.5)
     real_distance, real_mismatch = (x.mean() for x in motion(reference.video))
     distance, mismatch = (x.mean() for x in motion(futures))
     run.report("motion, distance over real", float(distance / real_distance), at_least=0.8, at_most=1.2)
@@ -339,7 +338,7 @@ def copy_error(run: Run, config: Config, image, unet: nn.Module, z: torch.Tensor
         axis.plot(COPY_TAUS, asked, "o-", label="frames asked for")
         axis.set(xlabel="diffusion time tau", title=f"error of the clean estimate, S = {s}", yscale="log")
         axis.legend()
-        run.report(f"copy error at tau 999, S = {s}", known[-1], at_most=0.2)
+        run.report(f"copy error at tau 999, S = {s}", known[-1], at_most=0.05)
     figure.tight_layout()
     save_figure(figure, run.folder / "copy_error.png")
 

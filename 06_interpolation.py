@@ -7,10 +7,11 @@ frames a second), and a token in the temporal cross-attention says which. N fram
   python 06_interpolation.py          4 minutes on 2 cores
 
 Expect at the cpu preset: middle frames as sharp as real ones (gradient magnitude within 15 %), where a linear blend of
-the two ends shows ghosts, and a video that changes from frame to frame at most 4 times as much as real ones.
+the two ends shows ghosts. A small model's video still changes more from frame to frame than real ones do (restlessness;
+1.5 times is the goal): lesson 4's decoder is what calms it.
 
 Reads OUT/02_image_ldm and OUT/05_prediction. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
-middle_frames.png, two_passes.gif, metrics.png.
+middle_frames.png, copy_error-0.png and -1.png (one a pass), two_passes.gif, metrics.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -256,7 +257,7 @@ def report_pass(run: Run, name: str, real: torch.Tensor, truth: torch.Tensor, ou
     run.report(f"{name}, PSNR of ours", ours_psnr, "dB")
     run.report(f"{name}, PSNR of the blend", blend_psnr, "dB")
     run.report(f"{name}, restlessness, decoded true latents", restlessness(truth, real), "times real")
-    run.report(f"{name}, restlessness, ours", restlessness(ours, real), "times real", at_most=4)
+    run.report(f"{name}, restlessness, ours", restlessness(ours, real), "times real", at_most=1.5)
     middle = [float(sharpness(v)[:, FRAMES // 2].mean()) for v in (truth, ours, blend)]
     run.report(f"{name}, gradient of the middle over real, ours", middle[1] / middle[0], at_least=0.85, at_most=1.15)
     run.report(f"{name}, gradient of the middle over real, blend", middle[2] / middle[0])
@@ -301,7 +302,7 @@ def two_passes(run: Run, config: Config, source, image, model: nn.Module) -> Non
     with run.autocast():
         truth, ours = (image.decode(latents.flatten(0, 1), 33) for latents in (z, torch.stack(ours)))
     run.report("two passes, 3 key frames to 33, PSNR", psnr(ours, truth), "dB")
-    run.report("two passes, restlessness", restlessness(ours, real.video), "times real", at_most=4)
+    run.report("two passes, restlessness", restlessness(ours, real.video), "times real", at_most=1.5)
     animation(torch.stack([truth[0], ours[0]]), run.folder / "two_passes.gif", config.final_fps / 2, 2)
 
 
