@@ -10,11 +10,13 @@ lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guid
 the lessons at the cpu preset, data included. decoder: frames decoded by lessons 2 and 4. long: lesson 8. growth:
 the temporal training step against frames, latent size, batch and processes, each beside the power law one expects.
 large, on a GPU only: the temporal training step of a network of Stable Diffusion 2.1's size at 320 x 512, 8 frames,
-against diffusers' with the same weights, both compiled or not; peak memory with and without gradient checkpointing.
+against diffusers' with the same weights, both compiled or recorded or not; peak memory with and without gradient
+checkpointing.
 
 Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
 trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
-what a matrix product of 2048 x 2048 reaches in bfloat16 in the same run. Nothing here is asserted: machines differ.
+what a matrix product of 2048 x 2048 (on a GPU 8192 x 8192) reaches in bfloat16 in the same run. Nothing is asserted:
+machines differ.
 
 Writes results/benchmarks.json (every repetition), benchmarks.md and benchmarks.png (growth), or with a GPU
 benchmarks_NAME.
@@ -51,6 +53,7 @@ sys.path.insert(0, str(ROOT))  # the lessons are scripts beside this folder
 
 from common.blocks import TemporalOptions  # noqa: E402
 from common.diffusion import Diffusion, guide  # noqa: E402
+from common.parallel import hasten  # noqa: E402
 from common.pictures import plt, save_figure  # noqa: E402
 from common.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
 from common.training import (  # noqa: E402
@@ -73,10 +76,11 @@ WHAT = ("unet", "sampling", "training", "decoder", "long", "growth", "large")
 AGAINST = ("diffusers", "lucidrains")
 FRAMES, TEXT = 8, 64  # of a clip; width of the tokens
 SAMPLING_STEPS, SCALE = 4, 2.0
-# settings among which the fastest is taken: bfloat16 autocast, channels-last, compiled by what
-FORMATS = {"float32": (False, False, ""), "bfloat16": (True, False, ""), "bfloat16, channels-last": (True, True, "")}
-COMPILED = {"bfloat16, channels-last": (True, True, ""), "bfloat16, compiled": (True, False, "inductor"),
-            "bfloat16, channels-last, compiled": (True, True, "inductor")}
+# settings among which the fastest is taken: bfloat16 autocast, channels-last, compiled, recorded as a CUDA graph
+FORMATS = {"float32": (False, False), "bfloat16": (True, False), "bfloat16, channels-last": (True, True)}
+ON_GPU = {"bfloat16, channels-last": (True, True), "bfloat16, recorded": (True, False, False, True),
+          "bfloat16, channels-last, recorded": (True, True, False, True),
+          "bfloat16, compiled, recorded": (True, False, True, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +108,11 @@ LARGE = Size(320, (1, 2, 4, 4), text=1024, tokens=77, clips=1, latent=(40, 64)) 
 class Clock:
     """Times on one device, and the rate of its matrix products, the measure of everything else."""
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
+    def __init__(self, device: torch.device, repeats: int, n: int = 0) -> None:
+        """n: size of the matrices; 0 is large enough that a launch does not count."""
         self.device, self.repeats = device, repeats
-        self.peak = {str(dtype).removeprefix("torch."): self.matrix_rate(dtype)
+        n = n or (8192 if device.type == "cuda" else 2048)
+        self.peak = {str(dtype).removeprefix("torch."): self.matrix_rate(dtype, n)
                      for dtype in (torch.float32, torch.bfloat16)}
 
     def seconds(self, work: Callable[[], object]) -> float:
@@ -120,7 +126,7 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def matrix_rate(self, dtype: torch.dtype, n: int = 2048) -> float:
+    def matrix_rate(self, dtype: torch.dtype, n: int) -> float:
         """FLOP/s of the fastest of ten products of n x n matrices."""
         a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
         a @ b
@@ -152,16 +158,17 @@ class Contestant:
 
     def __init__(self, net: nn.Module, call: Callable, temporal: Callable[[str], bool], size: Size) -> None:
         self.net, self.call, self.temporal = net, call, temporal
-        self.use(False, False, "")
+        self.use(False, False)
         device = next(net.parameters()).device
         draw = torch.Generator().manual_seed(0)
         self.x = torch.randn(size.clips * FRAMES, 4, *size.latent, generator=draw).to(device)
         self.tau = torch.tensor([7, 801], device=device)[: size.clips]
         self.text = torch.randn(size.clips, size.tokens, size.text, generator=draw).to(device)
 
-    def use(self, bfloat16: bool, to_channels_last: bool, compiler: str) -> None:
+    def use(self, bfloat16: bool, to_channels_last: bool, compiled: bool = False, recorded: bool = False,
+            backend: str = "inductor") -> None:
         self.bfloat16, self.channels_last = bfloat16, to_channels_last
-        self.network = torch.compile(self.net, backend=compiler, dynamic=False) if compiler else self.net
+        hasten(self.net, compiled, recorded, backend)
         if to_channels_last:
             channels_last(self.net)
         else:
@@ -173,7 +180,7 @@ class Contestant:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.call(self.network, x, tau, text)
+            return self.call(self.net, x, tau, text)
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
@@ -222,17 +229,19 @@ def same_network(size: Size, device: torch.device) -> tuple[Contestant, Contesta
     """
     import diffusers
 
-    theirs = diffusers.UNetSpatioTemporalConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=size.widths, layers_per_block=2,
-        cross_attention_dim=size.text, num_attention_heads=tuple(width // 64 for width in size.widths),
-        addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * (len(size.widths) - 1) + ("DownBlockSpatioTemporal",),
-        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * (len(size.widths) - 1))
-    draw = torch.Generator().manual_seed(0)
+    attended = len(size.widths) - 1
+    with device:  # 1.5 G parameters take a CPU a minute
+        theirs = diffusers.UNetSpatioTemporalConditionModel(
+            in_channels=4, out_channels=4, block_out_channels=size.widths, layers_per_block=2,
+            cross_attention_dim=size.text, num_attention_heads=tuple(width // 64 for width in size.widths),
+            addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal",) * attended + ("DownBlockSpatioTemporal",),
+            up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * attended)
+    draw = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.1
-            p.copy_(scale * torch.randn(p.shape, generator=draw) + (p.dim() == 1 and "norm" in name))
+            p.copy_(scale * torch.randn(p.shape, generator=draw, device=device) + (p.dim() == 1 and "norm" in name))
         for p in theirs.add_embedding.linear_2.parameters():
             p.zero_()
     for name, module in theirs.named_modules():
@@ -240,7 +249,8 @@ def same_network(size: Size, device: torch.device) -> tuple[Contestant, Contesta
             module.eps = 1e-5
     weights = from_diffusers_unet(theirs.state_dict())
     weights = {name: value for name, value in weights.items() if not name.startswith("label_emb")}
-    ours = UNet(**architecture(weights, "diffusers", head_channels=64))
+    with device:
+        ours = UNet(**architecture(weights, "diffusers", head_channels=64))
     load_weights(ours, weights, "diffusers")
     for module in ours.modules():
         if isinstance(module, nn.GroupNorm):
@@ -248,7 +258,8 @@ def same_network(size: Size, device: torch.device) -> tuple[Contestant, Contesta
     ids = torch.zeros(1, 3, device=device)
 
     def call_theirs(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return net(x.unflatten(0, (-1, FRAMES)), tau, text, ids.expand(len(tau), -1)).sample.flatten(0, 1)
+        clips = x.unflatten(0, (-1, FRAMES))
+        return net(clips, tau, text, ids.expand(len(tau), -1), return_dict=False)[0].flatten(0, 1)
 
     def of_time(name: str) -> bool:
         return "temporal" in name or "time_pos" in name or "time_mixer" in name
@@ -328,7 +339,7 @@ def compare(clock: Clock, name: str, jobs: tuple[Callable, Callable], pair: tupl
     settings = [one.best(clock, job, formats) for one, job in zip(pair, jobs, strict=True)]
     row = {"row": name, "setting, ours": settings[0], "setting, theirs": settings[1]} | clock.in_turn(*jobs)
     for who, one, job, setting in zip(("ours", "theirs"), pair, jobs, settings, strict=True):
-        one.use(*formats[setting][:2], "")  # FLOPs of what is compiled are not seen by the counter
+        one.use(*formats[setting][:2])  # FLOPs of what is compiled or recorded are not seen by the counter
         row[f"FLOPs, {who}"] = flops_of(job)
         row[f"share, {who}"] = clock.share(row[f"FLOPs, {who}"], row[who])
     print(f"{name}: {row['ratio']:.2f} times ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f}), "
@@ -455,7 +466,7 @@ def long_rows(clock: Clock) -> list[dict]:
 
 
 def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
-               formats: dict[str, tuple] = COMPILED) -> list[dict]:
+               formats: dict[str, tuple] = ON_GPU) -> list[dict]:
     """The temporal training step at the paper's size, and its peak memory with activations kept or computed again."""
     if "diffusers" not in against:
         return []
@@ -465,7 +476,7 @@ def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
     rows = [facts | compare(clock, name, (job, theirs.step(True)), pair, formats)]
     theirs.net.to("meta")  # its memory is not ours
     for ours.net.checkpointing in (False, True):
-        ours.use(*formats[rows[0]["setting, ours"]])
+        ours.use(*formats[rows[0]["setting, ours"]][:2])  # eager: what is recorded keeps its memory
         job()
         peak = {}
         if clock.device.type == "cuda":

@@ -26,7 +26,9 @@ class GroupNorm(nn.GroupNorm):
     needs no gradient, which is so for the first temporal layer on a frozen network."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda and torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+        if x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         return super().forward(x)
 

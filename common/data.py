@@ -451,10 +451,12 @@ class Ahead:
 
 class Again:
     """A source whose training clips serve several steps in a row (--reuse), each with noise of its own, and stay on the
-    device meanwhile: for where making clips takes longer than training on them."""
+    device meanwhile: for where making clips takes longer than training on them. prepare: what is done once to a video
+    b t c h w, as encoding it."""
 
-    def __init__(self, source: "DrivingScenes | VideoFolder | Ahead", times: int, device: torch.device | str) -> None:
-        self.source, self.times, self.device, self.kept = source, times, device, {}
+    def __init__(self, source: "DrivingScenes | VideoFolder | Ahead", times: int, device: torch.device | str,
+                 prepare: Callable[[torch.Tensor], torch.Tensor] = lambda video: video) -> None:
+        self.source, self.times, self.device, self.prepare, self.kept = source, times, device, prepare, {}
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.source, name)
@@ -469,7 +471,7 @@ class Again:
         if asked not in self.kept:
             self.kept = {old: clips for old, clips in self.kept.items() if old[0][2] == asked[0][2]}
             clips = self.source.clips(*asked)
-            self.kept[asked] = dataclasses.replace(clips, video=clips.video.to(self.device))
+            self.kept[asked] = dataclasses.replace(clips, video=self.prepare(clips.video.to(self.device)))
         return self.kept[asked]
 
 

@@ -15,17 +15,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data import Clips, Recording, VideoFolder, read
+from common.data import Again, Clips, Recording, VideoFolder, read
 from common.training import Run, UserError
 
 
 def with_latents(run: Run, source, image):
-    """The source itself; with --cache-latents, one whose clips hold latents where the video would be.
+    """The source itself; with --cache-latents or --reuse, one whose clips hold latents where the video would be.
 
-    Raises UserError for the driving scenes, which never come twice.
+    Raises UserError for --cache-latents with the driving scenes, which never come twice.
     """
-    if not run.config.cache_latents or image.autoencoder is None:
+    if image.autoencoder is None:
         return source
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        with run.autocast():
+            return image.encode(video).unflatten(0, video.shape[:2])
+
+    if not run.config.cache_latents:
+        return Again(source.source, source.times, source.device, encode) if isinstance(source, Again) else source
     if run.config.data == "driving":
         raise UserError("--cache-latents: driving scenes never come twice, so there is nothing to keep; use --data")
     return LatentFolder(run, source, image)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import group_norm
+from common.blocks import FrameConv, group_norm
 from common.data import Clips, DrivingScenes
 from common.image_model import Conditioner
 from common.measures import box_mask
@@ -76,44 +76,86 @@ class FrameReader(nn.Module):
         )
 
 
-class ClipReader(nn.Module):
-    """Reads a clip of any length: night, cars, how far the camera goes per frame, curvature, and whether the frames are
-    in order. b t 3 h w -> features b 96."""
+FAULTS = ("shuffled", "reversed", "repeated", "dropped", "jittering")  # what only time tells
 
-    FEATURES = 96
+
+class ClipReader(nn.Module):
+    """Reads a clip of any length: night, cars, curvature, how far the camera goes per frame, how much frames differ
+    that should not, and whether frames were shuffled, played backwards, repeated, left out or made to jitter.
+
+    b t 3 h w -> features b 48. What is asked for is read off along directions of length 1, so that features of a fault
+    have to lie as far from those without as its logits, some 10 apart: then a Fréchet distance cannot overlook it.
+    """
+
+    FEATURES = 48
+    PACE, UNREST = 6.0, 3.0  # features a unit of log metres per frame, of log(1 + levels of 255)
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         widths = [3, width, 2 * width, 3 * width, 4 * width]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv3d(c, out, 3, stride=(1, 2, 2), padding=1), group_norm(out), nn.SiLU())
-                for c, out in zip(widths, widths[1:], strict=False)
-            ),
-            nn.Conv3d(widths[4], widths[4], 3, padding=1),
-            nn.SiLU(),
-        )
-        self.what = nn.Linear(widths[4], 4 + MAX_CARS + 1)
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.frames = nn.ModuleList(nn.Sequential(nn.Conv2d(c, out, 3, stride=2, padding=1), group_norm(out), nn.SiLU())
+                                    for c, out in pairs)
+        self.times = nn.ModuleList(FrameConv(out, out) for _, out in pairs)
+        self.features = nn.Linear(2 * widths[-1], self.FEATURES)
+        self.what = nn.Linear(self.FEATURES, 4 + len(FAULTS) + MAX_CARS + 1)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        x = rearrange(video, "b t c h w -> b c t h w").contiguous(memory_format=torch.channels_last_3d)
-        return self.stages(x).mean(dim=(2, 3, 4)).float()
+        x, t = rearrange(video, "b t c h w -> (b t) c h w"), video.shape[1]
+        for frame, time in zip(self.frames, self.times, strict=True):
+            x = frame(x)
+            mixed = time(rearrange(x, "(b t) c h w -> b c t (h w)", t=t))
+            x = x + F.silu(rearrange(mixed, "b c t (h w) -> (b t) c h w", h=x.shape[-2]))
+        x = rearrange(x.mean(dim=(2, 3)), "(b t) c -> b t c", t=t)
+        return self.features(torch.cat([x.mean(dim=1), x.amax(dim=1)], dim=1)).float()  # as a whole, and at its worst
 
     def loss(self, clips: Clips, fps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """How badly it reads the clips, of which half are shuffled first. fps: b."""
-        device, b, t = self.what.weight.device, len(clips), clips.video.shape[1]
-        ordered = torch.rand(b, generator=generator) < 0.5
-        places = torch.stack([torch.arange(t) if o else torch.randperm(t, generator=generator) for o in ordered])
-        video = clips.video[torch.arange(b)[:, None], places].to(device)
-        said, ordered = self.what(self(video)), (places == torch.arange(t)).all(1).to(device)
-        step = (clips.speed / fps).log().to(device)  # metres per frame: what can be seen without knowing the rate
+        """How badly it reads the clips, of which most are given a fault first. fps: b; their last frame is spare."""
+        device, b = self.what.weight.device, len(clips)
+        fault = torch.randint(-2, len(FAULTS), (b,), generator=generator)  # below 0: none
+        levels = 10 ** torch.rand(b, generator=generator) * (fault == FAULTS.index("jittering"))
+        video = torch.stack([spoil(*one, generator) for one in zip(clips.video, fault.tolist(), levels, strict=True)])
+        if torch.rand((), generator=generator) < 0.5:  # small frames are read enlarged
+            video = F.avg_pool2d(video.flatten(0, 1), 2).unflatten(0, video.shape[:2])
+        said = F.linear(self(to_reader_size(video).to(device)), F.normalize(self.what.weight, dim=1), self.what.bias)
+        night, pace, curvature, unrest, faults, cars = said.split((1, 1, 1, 1, len(FAULTS), MAX_CARS + 1), dim=1)
+        step = self.PACE * (clips.speed / fps).log()  # of metres per frame: what can be seen without knowing the rate
+        calm = (fault < 0) | (levels > 0)
         return (
-            F.binary_cross_entropy_with_logits(said[:, 0], clips.night.to(device).float())
-            + F.binary_cross_entropy_with_logits(said[:, 1], ordered.float())
-            + ((said[:, 2] - step).square() * ordered).mean()
-            + (said[:, 3] - 200 * clips.curvature.to(device)).square().mean()
-            + F.cross_entropy(said[:, 4:], clips.cars.to(device))
+            F.binary_cross_entropy_with_logits(night[:, 0], clips.night.to(device).float())
+            + F.binary_cross_entropy_with_logits(faults, F.one_hot(fault + 2, len(FAULTS) + 2)[:, 2:].to(faults)) * 5
+            + ((pace[:, 0] - step.to(device)).square() * (fault != 0).to(device)).mean() / self.PACE
+            + ((unrest[:, 0] - self.UNREST * levels.log1p().to(device)).square() * calm.to(device)).mean() / self.UNREST
+            + (curvature[:, 0] - 200 * clips.curvature.to(device)).square().mean()
+            + F.cross_entropy(cars, clips.cars.to(device))
         )
+
+
+def spoil(frames: torch.Tensor, fault: int, levels: float, generator: torch.Generator) -> torch.Tensor:
+    """A clip (t + 1) 3 h w with one of FAULTS (by number; below 0: none), t frames long."""
+    name, t = FAULTS[fault] if fault >= 0 else "", len(frames) - 1
+    order, at = torch.arange(t), int(torch.randint(1, t, (), generator=generator))
+    if name == "shuffled":
+        order = torch.randperm(t, generator=generator)
+    elif name == "reversed":
+        order = order.flip(0)
+    elif name == "repeated":
+        order[at] = at - 1
+    elif name == "dropped":
+        order[at:] += 1
+    clip = frames[order]
+    grain = 2 ** int(torch.randint(0, 4, (), generator=generator))
+    return jittering(clip[None], levels, grain, generator)[0] if name == "jittering" else clip
+
+
+def jittering(video: torch.Tensor, levels: float, grain: int, generator: torch.Generator) -> torch.Tensor:
+    """Clips b t 3 h w whose frames are changed each on its own, in spots of `grain` pixels, so that still neighbours
+    would differ by so many levels of 255 on average: what boiling is."""
+    b, t, _, height, width = video.shape
+    spots = torch.randn(b * t, 3, -(-height // grain), -(-width // grain), generator=generator)
+    noise = F.interpolate(spots, size=(height, width), mode="bilinear").view_as(video)
+    mean = (noise[:, 1:] - noise[:, :-1]).abs().mean() if t > 1 else noise.new_ones(())
+    return (video + noise * (levels / 127.5 / mean)).clamp(-1, 1)
 
 
 ROADS = ("left curve", "straight road", "right curve")
@@ -196,7 +238,8 @@ def train_reader(run: Run, reader: nn.Module, steps: int, height: int, width: in
     """
     scenes, rates = DrivingScenes(height, width, 30.0, scene), (30 / 16, 30 / 4, 30.0)
     reader = channels_last(reader).to(run.device)
-    optimizer, frames = adamw(reader, 2e-3), 8 if isinstance(reader, ClipReader) else 1
+    optimizer = adamw(reader, 2e-3)
+    frames, steady = (8 + 1, 500) if isinstance(reader, ClipReader) else (1, 0)  # one is spare; see clip_and_warm_up
     parts, metrics = {"reader": reader, "optimizer": optimizer}, file.replace(".pt", ".csv")
     for step in training_loop(run, steps, parts, file=file, metrics=metrics):
         fps, count = rates[step % 3], 32 if isinstance(reader, CaptionReader) else 16
@@ -207,7 +250,7 @@ def train_reader(run: Run, reader: nn.Module, steps: int, height: int, width: in
             else:
                 loss = reader.loss(clips)
         loss.backward()
-        clip_and_warm_up(optimizer, step, 2e-3, 20)
+        clip_and_warm_up(optimizer, step, 2e-3, 20, steady)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss)
@@ -326,7 +369,7 @@ def frame_features(reader: FrameReader, video: torch.Tensor) -> torch.Tensor:
 
 
 def clip_features(reader: ClipReader, video: torch.Tensor) -> torch.Tensor:
-    """b t 3 h w -> b 96: what toy-FVD compares."""
+    """b t 3 h w -> b 48: what toy-FVD compares."""
     return reader(to_reader_size(video).to(reader.what.weight.device))
 
 
@@ -406,15 +449,19 @@ def load_clip(folder: str):
 
 
 def corruptions(video: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Real clips made worse: what every distance must notice, and frames shuffled, which only clips can notice."""
+    """Real clips made worse: what every distance must notice, and what only those of clips can, as every frame is real
+    (shuffled, repeated) or as good as real (jitter: noise of four levels in 255, but other noise in every frame)."""
     b, t = video.shape[:2]
     noise = torch.randn(video.shape, generator=generator)
     blurred = F.avg_pool2d(video.flatten(0, 1), 5, stride=1, padding=2, count_include_pad=False).view_as(video)
-    order = torch.stack([torch.randperm(t, generator=generator) for _ in range(b)])
+    clip, order = torch.arange(b)[:, None], torch.stack([torch.randperm(t, generator=generator) for _ in range(b)])
+    again = torch.arange(t).repeat(b, 1)
+    again[clip[:, 0], t // 2] = t // 2 - 1
     return {
         "little noise": (video + 0.1 * noise).clamp(-1, 1),
         "more noise": (video + 0.3 * noise).clamp(-1, 1),
         "blur": blurred,
-        "shuffled frames": video[torch.arange(b)[:, None], order],
+        "shuffled frames": video[clip, order],
+        "a repeated frame": video[clip, again],
+        "jitter of 5 levels": jittering(video, 5.0, 4, generator),
     }
-

@@ -104,9 +104,9 @@ def replicate(module: nn.Module, method: str, device: torch.device) -> nn.Module
 class Flat(nn.Module):
     """A forward pass that takes nothing but tensors: what a CUDA graph can be given."""
 
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __init__(self, module: nn.Module, eager: Callable, args: tuple, kwargs: dict) -> None:
         super().__init__()
-        self.module, self.eager, self.names = module, module.forward, list(kwargs)
+        self.module, self.eager, self.names = module, eager, list(kwargs)
         self.values = [torch.Tensor if isinstance(v, torch.Tensor) else v for v in (*args, *kwargs.values())]
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -116,26 +116,29 @@ class Flat(nn.Module):
         return self.eager(*args, **dict(zip(self.names, kwargs, strict=True)))
 
 
-def replay(module: nn.Module) -> None:
-    """From its first forward pass with gradients on, a module's kernels are recorded as a CUDA graph and replayed.
+def hasten(module: nn.Module, compiled: bool, recorded: bool, backend: str = "inductor") -> None:
+    """A module's forward and backward pass in training, as a GPU has them fastest; without gradients nothing changes.
 
-    The thousands of launches of a small network take longer than the kernels. Shapes have to stay what they were.
+    compiled: by torch.compile, which melts the many small kernels around convolutions and products into few. recorded:
+    from the first pass on as a CUDA graph that is replayed; the thousands of launches of a small network take longer
+    than its kernels. Both want shapes that stay what they were.
     """
-    eager, recorded = type(module).forward.__get__(module), []  # also where another training of it was recorded before
+    eager = type(module).forward.__get__(module)  # also where another training of it was recorded before
+    fast, graphs = torch.compile(eager, dynamic=False, backend=backend) if compiled else eager, []
 
     def forward(*args: object, **kwargs: object) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return eager(*args, **kwargs)
-        tensors = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
         if not recorded:
+            return fast(*args, **kwargs)
+        tensors = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+        if not graphs:
             inputs = tuple(v.detach().clone().requires_grad_(v.requires_grad) for v in tensors)
-            module.forward = eager
-            flat = Flat(module, args, kwargs)
             dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
             with torch.autocast("cuda", dtype, enabled, cache_enabled=False):  # a cached cast would be of old weights
-                recorded.append(torch.cuda.make_graphed_callables(flat, inputs, allow_unused_input=True))
-            module.forward = forward
-        return recorded[0](*tensors)
+                flat = Flat(module, fast, args, kwargs)
+                graphs.append(torch.cuda.make_graphed_callables(flat, inputs, allow_unused_input=True))
+        return graphs[0](*tensors)
 
     module.forward = forward
 

@@ -19,7 +19,7 @@ def test_both_networks_give_the_same() -> None:
     ours, theirs = bench.same_network(bench.Size(64), torch.device("cpu"))
     a, b = ours.forward(), theirs.forward()
     assert float((a - b).norm() / b.norm()) < 1e-5
-    ours.use(True, True, "")  # another setting rounds, and is the same network
+    ours.use(True, True)  # another setting rounds, and is the same network
     c = ours.forward().float()
     assert 0 < float((c - b).norm() / b.norm()) < 0.05
 
@@ -38,7 +38,7 @@ def test_both_train_the_temporal_layers_alone() -> None:
 
 def test_ours_and_theirs_run_in_turn() -> None:
     calls: list[str] = []
-    clock = bench.Clock(torch.device("cpu"), 3)
+    clock = bench.Clock(torch.device("cpu"), 3, 64)
     found = clock.in_turn(lambda: calls.append("ours"), lambda: calls.append("theirs"))
     assert calls == ["ours", "theirs"] * 4
     assert len(found["ours"]) == 3 and found["ratio, lowest"] <= found["ratio"] <= found["ratio, highest"]
@@ -60,9 +60,9 @@ def test_a_table_says_what_was_compared() -> None:
 
 def test_the_part_for_a_gpu_runs_on_a_cpu_at_small_size() -> None:
     pytest.importorskip("diffusers")
-    clock = bench.Clock(torch.device("cpu"), 1)
+    clock = bench.Clock(torch.device("cpu"), 1, 64)
     size = bench.Size(64, (1, 1), tokens=3, clips=1, latent=(4, 8))
-    formats = {"compiled": (False, False, "aot_eager")}  # the graph is captured, and run without a compiler
+    formats = {"compiled": (False, False, True, False, "aot_eager")}  # the graph is found, and run without a compiler
     rows = bench.large_rows(clock, ["diffusers"], size, formats)
     assert [row["row"].split(", ")[-1] for row in rows] == [
         "SD 2.1 size", "without gradient checkpointing", "with gradient checkpointing"]
@@ -81,7 +81,7 @@ def test_growth_is_a_power_law_of_each_size(tmp_path: Path) -> None:
             for size in sizes]
     bench.growth_figure(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
-    clock = bench.Clock(torch.device("cpu"), 1)
+    clock = bench.Clock(torch.device("cpu"), 1, 64)
     assert min(bench.steps_of_size(clock, frames=2, pixels=32)) > 0
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from common.autoencoder import Autoencoder
 from common.blocks import TemporalOptions
-from common.parallel import replay
+from common.parallel import hasten
 from common.training import channels_last, preset_config
 from common.unet import UNet
 
@@ -86,16 +86,18 @@ def test_outputs_and_gradients_are_those_of_a_cpu(name: str, dtype: torch.dtype,
         assert difference < tolerance, f"{what} of {name} differ by {difference:.1e}"
 
 
-def test_a_replayed_network_is_the_eager_one() -> None:
+@pytest.mark.parametrize(("compiled", "recorded"), [(False, True), (True, False), (True, True)])
+def test_a_hastened_network_is_the_eager_one(compiled: bool, recorded: bool) -> None:
     torch.manual_seed(0)
     build, forward = networks()["video U-Net"]
     net, device = randomise(build()).cuda(), torch.device("cuda")
+    tolerance = 2e-2 if compiled else 5e-3  # what is melted together is rounded to bfloat16 less often
     wanted = output_and_gradients(net, forward, device, torch.bfloat16)
-    replay(net)
-    for _ in range(2):  # the pass that records, and one that replays
+    hasten(net, compiled, recorded)
+    for _ in range(2):  # the pass that compiles or records, and one that has it
         found = output_and_gradients(net, forward, device, torch.bfloat16)
         for a, b in zip(found, wanted, strict=True):
-            assert float((a - b).norm() / b.norm()) < 5e-3
+            assert float((a - b).norm() / b.norm()) < tolerance
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1.1)
@@ -103,7 +105,7 @@ def test_a_replayed_network_is_the_eager_one() -> None:
     assert float((moved[0] - wanted[0]).norm() / wanted[0].norm()) > 0.05  # new weights are seen
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         eager = forward(net, device).float().cpu()
-    assert float((moved[0] - eager).norm() / eager.norm()) < 5e-3
+    assert float((moved[0] - eager).norm() / eager.norm()) < tolerance
 
 
 # %% Lessons, as they are started

@@ -11,6 +11,7 @@ import torch
 
 from common.data import DrivingScenes
 from common.metrics import (
+    FAULTS,
     ClipReader,
     Detector,
     FrameReader,
@@ -22,6 +23,7 @@ from common.metrics import (
     frechet_distance,
     inception_score,
     same_protocol,
+    spoil,
 )
 from common.pictures import animation
 from common.training import UserError, preset_config
@@ -104,7 +106,25 @@ def test_clip_reader_sees_the_order_of_frames() -> None:
     reader, video = ClipReader().eval(), DrivingScenes(32, 64, 30.0).clips((0,), 2, 5, 2.0).video
     with torch.no_grad():
         assert not torch.allclose(reader(video), reader(video.flip(1)), atol=1e-5)
-        assert reader(video[:, :3]).shape == reader(video).shape == (2, 96)
+        assert reader(video[:, :3]).shape == reader(video).shape == (2, ClipReader.FEATURES)
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_a_fault_is_what_its_name_says(fault: str) -> None:
+    draw, frames = torch.Generator().manual_seed(0), torch.arange(9.0)[:, None, None, None].expand(9, 3, 16, 32) / 9
+    number = FAULTS.index(fault) if fault in FAULTS else -1
+    clip = spoil(frames, number, 5.0, draw)
+    places = [round(9 * float(frame.mean())) for frame in clip]
+    steps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert len(clip) == 8
+    if fault == "jittering":
+        still = spoil(torch.zeros(9, 3, 16, 32), number, 5.0, draw)
+        assert 127.5 * float((still[1:] - still[:-1]).abs().mean()) == pytest.approx(5, rel=0.02)
+    elif fault == "shuffled":
+        assert sorted(places) == list(range(8)) and places != list(range(8))
+    else:
+        assert sorted(steps) == {"none": [1] * 7, "reversed": [-1] * 7, "dropped": [1] * 6 + [2],
+                                 "repeated": [0, *[1] * 5, 2]}[fault]
 
 
 # %% Detectors from a file
@@ -180,12 +200,21 @@ def test_fewer_than_three_seeds_prove_no_ordering(seeds: int) -> None:
 
 def test_self_checks_fail_where_a_metric_is_blind() -> None:
     rows = {"real against itself": 0, "real against real": 1, "real, half as many": 2, "little noise": 2,
-            "more noise": 3, "blur": 3, "fewer cars": 3, "shuffled frames": 2}
+            "more noise": 3, "blur": 3, "fewer cars": 3}
+    rows |= {row: 11 for row in (*tables.TIMELESS, "jitter of 5 levels")}
     seen = [r for row, v in rows.items() for r in records(row, [v], "checks")]
     assert all(good for _, good in tables.self_checks(seen))
-    blind = [r for r in seen if r["row"] != "blur"] + records("blur", [0.5], "checks")
+    blind = [r for r in seen if r["row"] not in ("blur", "half speed")]
+    blind += records("blur", [0.5], "checks") + records("half speed", [9], "checks")
     assert [s for s, good in tables.self_checks(blind) if not good] == [
-        "blur raises toy-FVD above real against real"]
+        "blur raises toy-FVD above real against real",
+        "half speed: toy-FVD is 9 times that of real clips (at least 10)"]
+
+
+def test_a_self_check_that_holds_by_less_than_its_spread_does_not_hold() -> None:
+    found = [r for row, v in {"real against itself": [0, 0, 0], "real against real": [1, 1, 1],
+                              "little noise": [1.1, 1.2, 3]}.items() for r in records(row, v, "checks")]
+    assert not dict(tables.self_checks(found))["little noise raises toy-FVD above real against real"]
 
 
 # %% The script
