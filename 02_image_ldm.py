@@ -85,7 +85,7 @@ class Config(TrainingConfig):
     latent_channels: int = 4  # channels of z
     regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
     codes: int = 16384  # codebook size for vq
-    ae_steps: int = 3000  # training steps of the autoencoder
+    ae_steps: int = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
     ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
     ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
     ae_steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
@@ -352,7 +352,7 @@ def train(run: Run, config: Config, source, variant: str) -> tuple[ImageModel, n
     """Both trainings. A variant shares the autoencoder of 02_image_ldm; pixels need none."""
     image = ImageModel(config, run.device)
     if not config.pixel:
-        if not variant:
+        if not variant and config.ae_steps:
             train_autoencoder(run, config, source)
         load_autoencoder(run, image.autoencoder, command(NAME, config))
         image.autoencoder.requires_grad_(False).eval()
