@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.data import Clips, open_data
 from common.image_model import conditions
 from common.measures import sharpness
+from common.media import fitted, open_picture
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
 from common.training import BaseConfig, Run, UserError, cli, count, known_good, one_process, parse
 
@@ -81,9 +81,9 @@ PRESETS: dict[str, dict] = {
 def read_first_frame(path: str, height: int, width: int) -> torch.Tensor:
     """A picture, cropped to the shape and resized: 1 1 3 h w in [-1, 1]."""
     try:
-        picture = ImageOps.fit(Image.open(path).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--first-frame {path}: not a readable picture ({error})") from None
+        picture = fitted(open_picture(path), height, width)
+    except ValueError as error:
+        raise UserError(f"--first-frame {path}: {error}") from None
     return rearrange(torch.from_numpy(np.array(picture)).float() / 127.5 - 1, "h w c -> 1 1 c h w")
 
 

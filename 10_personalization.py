@@ -33,12 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
 from torch import nn
 
-from common.data import Clips, DrivingScenes, frame_files, reason
+from common.data import Clips, DrivingScenes, frame_files
 from common.image_model import conditions
 from common.measures import colour_change, motion
+from common.media import fitted, open_picture
 from common.metrics import FrameReader, to_reader_size, train_reader
 from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import CaptionTokens
@@ -121,11 +121,9 @@ def read_pictures(folder: str, height: int, width: int) -> torch.Tensor:
         raise UserError(f"--instances {folder}: {len(files) or 'no'} png or jpg pictures in it, 3 are the least")
     for file in files:
         try:
-            with Image.open(file) as picture:  # phones store pictures lying down, and which side is up beside them
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
-            pictures.append(np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)))
-        except OSError as error:
-            raise UserError(f"{file}: not a readable picture ({reason(error)}); remove or replace it") from None
+            pictures.append(np.asarray(fitted(open_picture(file), height, width)))
+        except ValueError as error:
+            raise UserError(f"{file}: {error}; remove or replace it") from None
     return rearrange(torch.from_numpy(np.stack(pictures)), "n h w c -> n 1 c h w").float() / 127.5 - 1
 
 

@@ -7,20 +7,22 @@ A request says how many frames at which rate: final_fps, a quarter or a sixteent
 answer depends on the key alone, never on what was asked before, so a resumed run sees the same clips. In place of
 a count may stand the numbers of the clips that are wanted, as when several processes share a batch.
 
-A folder holds clips in any mixture of: mp4, mov, avi, mkv, webm (read by PyAV); animated gif, webp, png
-(Pillow); sub-folders of numbered png or jpg frames, at final_fps or at the rate in the sub-folder's fps.txt.
-Frames are picked by time stamp, not by stride: 25 frames a second have no even stride to 10, and phones
-record unevenly. Beside the clips may stand labels.csv (name, night, cars, caption), and CLIP.txt with the
-caption of CLIP.mp4.
+A folder holds clips in any mixture of: videos (whatever PyAV opens), at any depth; animated gif, webp, png (Pillow);
+sub-folders of numbered png or jpg frames, at final_fps or at the rate in the sub-folder's fps.txt. Frames are picked by
+time stamp, not by stride: 25 frames a second have no even stride to 10, and phones record unevenly. In the folder may
+stand labels.csv (name, night, cars, caption), and beside CLIP.mp4 its caption in CLIP.txt.
 """
 
 import csv
 import dataclasses
 import functools
+import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,16 +30,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
 
+from common.media import (
+    ANIMATIONS,
+    PICTURES,
+    Frames,
+    animation_frames,
+    fitted,
+    folder_times,
+    open_picture,
+    reason,
+    take,
+    video_facts,
+    video_frames,
+    video_times,
+)
 from common.scenes import MAX_CARS, Scene
 from common.training import UserError
 
 SPLITS = ("train", "held-out")
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
-ANIMATIONS = (".gif", ".webp", ".apng", ".png")
-PICTURES = (".png", ".jpg", ".jpeg")
-LOOKED_FOR = "mp4, mov, avi, mkv, webm; animated gif, webp, apng, png; sub-folders of png or jpg frames"
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".wmv", ".flv", ".3gp")
+TEXTS = (".txt", ".csv")  # captions and labels
+COLUMNS = ("name", "night", "cars", "caption")  # of labels.csv
+LOOKED_FOR = "what PyAV opens (mp4, mov, mkv, ...); animated gif, webp, apng, png; sub-folders of png or jpg frames"
 MEMORY = 2 * 2**30  # bytes of decoded frames to keep; clips beyond it are decoded again each time
 
 
@@ -90,11 +105,6 @@ def listing(parts: list[str], most: int = 3) -> str:
     return "; ".join(parts[:most]) + (f"; and {len(parts) - most} more" if len(parts) > most else "")
 
 
-def reason(error: Exception) -> str:
-    """An error in a few words."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-
-
 class DrivingScenes:
     """Procedural driving scenes, no two alike, each watched from a random moment of its first 20 seconds."""
 
@@ -121,6 +131,8 @@ class DrivingScenes:
 
 # %% One clip of a folder: first when its frames are shown, then the frames that are wanted
 
+SLACK = 1.05  # a clock may be so wrong: 29.97 and 29.5 pass for 30
+
 
 @dataclasses.dataclass
 class Recording:
@@ -128,6 +140,8 @@ class Recording:
 
     path: Path
     times: np.ndarray  # seconds, increasing, as stored in the file
+    size: tuple[int, int] = (0, 0)  # height and width as shown
+    said: Sequence[str] = ()  # what a person should know: turned, HDR, ...
     night: int = -1
     cars: int = -1
     caption: str = ""
@@ -140,21 +154,39 @@ class Recording:
 
     @property
     def fps(self) -> float:
-        """The mean rate; a single picture has none and passes for any."""
-        return (len(self.times) - 1) / self.seconds if len(self.times) > 1 else math.inf
+        """The rate without the holes; a single picture has none and passes for any."""
+        steps = np.diff(self.times)
+        return 1 / float(steps[steps <= 1.5 * np.median(steps)].mean()) if len(steps) else math.inf
 
     def too_slow(self, fps: float) -> bool:
-        return self.fps < 0.999 * fps  # 29.97 passes for 30
+        return self.fps * SLACK < fps
+
+    def starts(self, frames: int, fps: float) -> np.ndarray:
+        """When a clip of so many frames can begin, counted from the first frame: n 2, from and to, in seconds.
+
+        At every moment of it there is a frame not farther away than half a step; across a hole there is none.
+        """
+        latest, reach = self.seconds - (frames - 1) / fps, 0.5 * SLACK / fps
+        if self.too_slow(fps) or latest < -0.5 / self.fps:  # half a frame may lack at the end
+            return np.empty((0, 2))
+        hole = np.flatnonzero(np.diff(self.times) > 2 * reach + 1e-6)
+        holes = np.stack([self.times[hole] + reach, self.times[hole + 1] - reach], axis=1) - self.times[0]
+        cut = (holes - np.arange(frames)[:, None, None] / fps).reshape(-1, 2)  # from where one of the frames is in one
+        cut = cut[np.argsort(cut[:, 0])]
+        begin = np.maximum.accumulate(np.append(0.0, cut[:, 1]))
+        end = np.append(cut[:, 0], np.inf).clip(max=max(latest, 0.0))
+        return np.stack([begin, end], axis=1)[begin <= end]
 
     def problem(self, frames: int, fps: float) -> str:
-        """Why it cannot give so many frames at this rate; "" if it can. Half a frame may lack at the end."""
-        need = (frames - 1) / fps
+        """Why it cannot give so many frames at this rate; "" if it can."""
+        if len(self.starts(frames, fps)):
+            return ""
         if self.too_slow(fps):
             return f"{self.path.name} has {self.fps:.4g} fps, {fps:g} are asked for"
-        if need > self.seconds + 0.5 / self.fps:
-            asked = f"{frames} frames at {fps:g} fps need {need:.1f} s"
-            return f"{self.path.name} is {self.seconds:.1f} s long, {asked}"
-        return ""
+        asked = f"{frames} frames at {fps:g} fps"
+        if (frames - 1) / fps > self.seconds:
+            return f"{self.path.name} is {self.seconds:.1f} s long, {asked} need {(frames - 1) / fps:.1f} s"
+        return f"{self.path.name} has too many holes in time for {asked} in a row"
 
 
 def natural(path: Path) -> list:
@@ -162,87 +194,39 @@ def natural(path: Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))]
 
 
+def listed(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.name[0] != "."), key=natural)
+
+
 def frame_files(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != ".")
-    return sorted(files, key=natural)
+    return [path for path in listed(folder) if path.suffix.lower() in PICTURES]
 
 
-def open_video(path: Path):
-    """A PyAV container. Raises UserError without PyAV, ValueError without pictures."""
-    try:
-        import av
-    except ImportError:
-        how = 'pip install av (or pip install "videoldm[video]")'
-        raise UserError(f"{path} needs PyAV to be read: {how}") from None
-    container = av.open(str(path), metadata_errors="ignore")
-    if not container.streams.video:
-        raise ValueError("no video stream")
-    container.streams.video[0].thread_type = "AUTO"
-    return container
-
-
-def stamps(path: Path, default_fps: float) -> np.ndarray:
-    """When a clip's frames are shown: (t), in seconds, increasing. Any error but UserError means damage."""
+def examine(path: Path, default_fps: float) -> Recording:
+    """A clip, with the times of its frames but without them. Any error but UserError means damage."""
     if path.is_dir():
-        rate = path / "fps.txt"
-        fps = float(rate.read_text()) if rate.exists() else default_fps
-        if not 0 < fps < math.inf:
-            raise ValueError("fps.txt must hold a positive number")
-        return np.arange(len(frame_files(path))) / fps
-    if path.suffix.lower() in ANIMATIONS:
-        return np.array([time for time, _ in animation_pictures(path)])
-    found = []
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        for packet in container.demux(stream):  # one packet is one frame, not yet decoded
-            if packet.is_corrupt:
-                raise ValueError("truncated")
-            if packet.size and not packet.is_discard and packet.pts is not None:
-                found.append(packet.pts)
-        if path.suffix.lower() == ".avi":
-            return np.array([time for time, _ in video_pictures(path, 0.0)])
-        return np.unique(found) * float(stream.time_base)  # packets come in the order of decoding
+        files = frame_files(path)
+        times, picture = folder_times(files, path, default_fps), open_picture(files[0])
+        size, said = (picture.height, picture.width), []
+    elif path.suffix.lower() in ANIMATIONS:
+        times = np.array([time for time, _ in animation_frames(path)])
+        picture = next(animation_frames(path))[1]()
+        size, said = (picture.height, picture.width), []
+    else:
+        times = video_times(path)
+        size, said = video_facts(path) if len(times) else ((0, 0), [])
+    if len(times) == 0:
+        raise ValueError("no frames in it")
+    return Recording(path, times, size, said)
 
 
-Pictures = Iterator[tuple[float, Callable[[], Image.Image]]]  # time stamp, and what makes the picture
-
-
-def video_pictures(path: Path, start: float) -> Pictures:
-    """A video's frames, decoded from the key frame before `start` seconds on."""
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        if path.suffix.lower() == ".avi":  # has no time stamps: frames follow each other at a constant rate
-            for i, frame in enumerate(container.decode(stream)):
-                yield i / float(stream.average_rate), frame.to_image
-            return
-        scale, first = float(stream.time_base), stream.start_time or 0
-        # a second early: the frames shown just before a key frame may be stored behind it
-        container.seek(max(int((start - 1) / scale), first), stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                yield frame.pts * scale, frame.to_image
-
-
-def animation_pictures(path: Path) -> Pictures:
-    """The frames of an animated gif, webp or png, from the first."""
-    with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) == 1:
-            raise ValueError("not animated")
-        time = 0.0
-        for i in range(image.n_frames):
-            image.seek(i)
-            image.load()
-            yield time, image.copy
-            time += (image.info.get("duration") or 100) / 1000  # browsers show a duration of 0 as 0.1 s
-
-
-def pictures(recording: Recording, start: float) -> Pictures:
+def frames_from(recording: Recording, start: float) -> Frames:
     """A clip's frames in order; the first is at or before `start` seconds."""
     path = recording.path
     if path.is_dir():
-        openers = [functools.partial(Image.open, file) for file in frame_files(path)]
-        return zip(recording.times.tolist(), openers, strict=True)
-    return video_pictures(path, start) if path.suffix.lower() in VIDEOS else animation_pictures(path)
+        makers = [functools.partial(open_picture, file) for file in frame_files(path)]
+        return zip(recording.times.tolist(), makers, strict=True)
+    return animation_frames(path) if path.suffix.lower() in ANIMATIONS else video_frames(path, start)
 
 
 def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -258,16 +242,10 @@ def read(recording: Recording, indices: np.ndarray, height: int, width: int) -> 
     wanted, done = recording.times[indices], 0
     result = np.empty((len(indices), height, width, 3), np.uint8)
     try:
-        for time, picture in pictures(recording, wanted[0]):
-            if time < wanted[done] - 1e-6:
-                continue
-            image = ImageOps.fit(picture().convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-            while done < len(wanted) and time >= wanted[done] - 1e-6:  # an index may stand there twice
-                result[done] = image
-                done += 1
-            if done == len(wanted):
-                return result
-        raise ValueError("the file ends early")
+        for picture in take(frames_from(recording, wanted[0]), wanted):
+            result[done] = fitted(picture, height, width)
+            done += 1
+        return result
     except Exception as error:  # PyAV and Pillow raise whatever the codec raises
         where = f"{recording.path}: cannot read the frame at {wanted[done] - recording.times[0]:.2f} s"
         raise UserError(f"{where} ({reason(error)}); remove or replace this clip") from error
@@ -277,13 +255,20 @@ def read(recording: Recording, indices: np.ndarray, height: int, width: int) -> 
 
 
 def candidates(folder: Path) -> list[Path]:
-    """What looks like a clip: sub-folders and files of a known type, sorted by name."""
+    """What may be a clip, sorted by name: every file but texts, sub-folders of pictures, and what is in the others."""
     try:
-        paths = sorted(folder.iterdir(), key=natural)
+        paths, found = listed(folder), []
     except OSError as error:
         advice = 'give a folder of videos, or "driving" for the built-in scenes'
         raise UserError(f"--data {folder}: cannot be read ({reason(error)}); {advice}") from None
-    return [p for p in paths if p.name[0] != "." and (p.is_dir() or p.suffix.lower() in VIDEOS + ANIMATIONS)]
+    for path in paths:
+        if not path.is_dir():
+            found += [] if path.suffix.lower() in TEXTS else [path]
+        elif frame_files(path) and not any(p.is_dir() or p.suffix.lower() in VIDEOS for p in listed(path)):
+            found.append(path)
+        else:
+            found += candidates(path)
+    return found
 
 
 def find_recordings(folder: Path, final_fps: float) -> list[Recording]:
@@ -291,14 +276,11 @@ def find_recordings(folder: Path, final_fps: float) -> list[Recording]:
     found, skipped = [], []
     for path in candidates(folder):
         try:
-            times = stamps(path, final_fps)
-            if len(times) == 0:
-                raise ValueError("no frames in it")
-            found.append(Recording(path, times))
+            found.append(examine(path, final_fps))
         except UserError:
             raise
         except Exception as error:  # PyAV and Pillow raise whatever the codec raises
-            skipped.append(f"{path.name} ({reason(error)})")
+            skipped.append(f"{path.relative_to(folder)} ({reason(error)})")
     damaged = f"skipped {len(skipped)} of {len(skipped) + len(found)} files: {listing(skipped)}"
     if not found:
         what = f"{damaged}; looked for {LOOKED_FOR}" if skipped else f"looked for {LOOKED_FOR}"
@@ -308,30 +290,65 @@ def find_recordings(folder: Path, final_fps: float) -> list[Recording]:
     return found
 
 
+def summary(recordings: list[Recording]) -> str:
+    """What a folder gives, in a line: clips, minutes, rates, sizes, and what a person should know of them."""
+    rates = sorted({f"{r.fps:.4g}" for r in recordings if r.fps < math.inf}, key=float)
+    sizes = sorted({r.size for r in recordings})
+    parts = [f"{len(recordings)} clips", f"{sum(r.seconds for r in recordings) / 60:.1f} minutes",
+             f"{' to '.join(dict.fromkeys([rates[0], rates[-1]]))} fps" if rates else "single pictures",
+             " to ".join(f"{width} x {height}" for height, width in dict.fromkeys([sizes[0], sizes[-1]]))]
+    said = Counter(what for r in recordings for what in r.said)
+    return ", ".join(parts) + "".join(f"; {count} {what}" for what, count in said.items())
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file as people's editors write it: UTF-8 or UTF-16, with or without a mark, or Windows-1252,
+    which is said."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        note(f"{path}: not UTF-8, read as Windows-1252")
+        return content.decode("cp1252", errors="replace")
+
+
+def names_of(path: Path, folder: Path) -> set[str]:
+    """What a clip may be called in labels.csv: its name, with or without suffix, or its path in the folder."""
+    names = {path.name, path.relative_to(folder).as_posix(), path.name if path.is_dir() else path.stem}
+    return {unicodedata.normalize("NFC", name) for name in names}
+
+
 def read_labels(folder: Path, recordings: list[Recording]) -> None:
     """Fills in night, cars and caption from CLIP.txt and labels.csv. Raises UserError with file and line."""
     for recording in recordings:
-        text = folder / f"{recording.path.stem}.txt"
+        path = recording.path
+        text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
         if text.is_file():
-            recording.caption = " ".join(text.read_text("utf-8", errors="replace").split())
+            recording.caption = " ".join(read_text(text).split())
     table = folder / "labels.csv"
     if not table.is_file():
         return
-    names = {name for path in candidates(folder) for name in (path.name, path.stem)}  # of damaged clips, too
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file, restval="")
-        for row in rows:
-            where, name = f"{table}, line {rows.line_num}", row.get("name", "").strip()
-            if None in row:
-                raise UserError(f"{where}: more values than columns; put a caption with a comma in quotes")
-            if name not in names:
-                columns = "the columns are name, night, cars, caption"
-                raise UserError(f"{where}: no clip is called '{name}'; {columns}")
-            for recording in recordings:
-                if name in (recording.path.name, recording.path.stem):
-                    recording.night = label(row, "night", "0|1", "1 (night), 0 (day)", where)
-                    recording.cars = label(row, "cars", "[0-9]{1,9}", "a whole number", where)
-                    recording.caption = row.get("caption", "").strip() or recording.caption
+    known = set().union(*(names_of(path, folder) for path in candidates(folder)))  # of damaged clips, too
+    rows = csv.DictReader(io.StringIO(read_text(table), newline=""), restval="")
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+    columns = f"the columns are {', '.join(COLUMNS)}"
+    if "name" not in rows.fieldnames or (unknown := set(rows.fieldnames) - set(COLUMNS)):
+        what = f"has columns {listing(sorted(unknown))}" if "name" in rows.fieldnames else "has no column 'name'"
+        raise UserError(f"{table}, line 1: {what}; {columns}")
+    for row in rows:
+        where = f"{table}, line {rows.line_num}"
+        if None in row:
+            raise UserError(f"{where}: more values than columns; put a caption with a comma in quotes")
+        name = unicodedata.normalize("NFC", row["name"].strip())
+        if name not in known:
+            raise UserError(f"{where}: no clip is called '{name}'; {columns}")
+        for recording in recordings:
+            if name in names_of(recording.path, folder):
+                recording.night = label(row, "night", "0|1", "1 (night), 0 (day)", where)
+                recording.cars = label(row, "cars", "[0-9]{1,9}", "a whole number", where)
+                recording.caption = row.get("caption", "").strip() or recording.caption
 
 
 def label(row: dict[str, str], column: str, pattern: str, expected: str, where: str) -> int:
@@ -353,6 +370,7 @@ class VideoFolder:
         self.folder, self.name = folder, folder.resolve().name
         self.height, self.width, self.final_fps = height, width, final_fps
         self.recordings = find_recordings(folder, final_fps)
+        note(f"{folder}: {summary(self.recordings)}")
         read_labels(folder, self.recordings)
         self.labelled = all(r.night >= 0 and r.cars >= 0 for r in self.recordings)
         # lengths count as equal to a tenth of a second; the sort keeps the order of names
@@ -379,11 +397,14 @@ class VideoFolder:
         if (frames, fps, split) not in self.pools:
             self.pools[frames, fps, split] = self.pool(frames, fps, split)
         pool = self.pools[frames, fps, split]
-        share, chosen = np.array([len(r.times) for r in pool]) / sum(len(r.times) for r in pool), []
+        lengths, chosen = np.array([len(recording.times) for recording, _ in pool]), []
         for i in range(rows) if isinstance(rows, int) else rows:
             rng = keyed(key, i, split)
-            recording = pool[rng.choice(len(pool), p=share)]
-            start = recording.times[0] + rng.uniform(0, max(recording.seconds - (frames - 1) / fps, 0.0))
+            recording, starts = pool[rng.choice(len(pool), p=lengths / lengths.sum())]
+            before = np.append(0.0, np.cumsum(starts[:, 1] - starts[:, 0]))
+            place = rng.uniform(0, before[-1])
+            which = int(np.searchsorted(before[1:-1], place, side="right"))
+            start = recording.times[0] + starts[which, 0] + place - before[which]
             chosen.append((recording, nearest(recording.times, start + np.arange(frames) / fps)))
         return chosen
 
@@ -393,8 +414,9 @@ class VideoFolder:
         boxes, unknown = torch.zeros(len(recordings), frames, MAX_CARS, 4), torch.full((len(recordings),), math.nan)
         return Clips(torch.empty(0), torch.tensor(night), torch.tensor(cars), boxes, list(captions), unknown, unknown)
 
-    def pool(self, frames: int, fps: float, split: str) -> list[Recording]:
-        """The long and fast enough clips of a split; where it has none, the other split's, with a note."""
+    def pool(self, frames: int, fps: float, split: str) -> list[tuple[Recording, np.ndarray]]:
+        """The long and fast enough clips of a split, and when they can begin; where it has none, the other split's,
+        with a note."""
         problems = [r.problem(frames, fps) for r in self.recordings]
         usable = [r for r, problem in zip(self.recordings, problems, strict=True) if not problem]
         reasons = [problem for problem in problems if problem]
@@ -409,7 +431,7 @@ class VideoFolder:
         if not wanted and self.held_out:
             asked = f"no {split} clip has {frames} frames at {fps:g} fps"
             note(f"{self.folder}: {asked}, so clips of the other split are used")
-        return wanted or usable
+        return [(r, r.starts(frames, fps)) for r in wanted or usable]
 
     def frames(self, recording: Recording, indices: np.ndarray) -> np.ndarray:
         """Frames t h w c, uint8. The first call keeps the whole clip in memory if there is room for it."""

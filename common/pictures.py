@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from common.media import BT601, BT709, HD, LIMITED
 from common.training import UserError
 
 matplotlib.use("Agg")  # no screen on a cluster
@@ -79,11 +80,18 @@ class VideoWriter:
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self.stream.height, self.stream.width = height // 2 * 2, width // 2 * 2
         self.stream.pix_fmt, self.stream.options = "yuv420p", {"crf": "18"}
+        # said in the file, for players guess differently; FFmpeg's numbers of BT.709 and of BT.601 with 525 lines
+        self.matrix = BT709 if height >= HD else BT601
+        about = self.stream.codec_context
+        about.colorspace = about.color_primaries = about.color_trc = self.matrix
+        about.color_range = LIMITED
 
     def write(self, frame: np.ndarray) -> None:
         """frame: h w 3 uint8."""
         frame = np.ascontiguousarray(frame[: self.stream.height, : self.stream.width])
-        for packet in self.stream.encode(self.av.VideoFrame.from_ndarray(frame, format="rgb24")):
+        picture = self.av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=self.matrix, dst_color_range=LIMITED)
+        for packet in self.stream.encode(picture):
             self.container.mux(packet)
 
     def close(self) -> None:
