@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Denoiser(config.channels, config.layers).to(run.device)
     diffusion = Diffusion("sqrt_linear", 0.0015, 0.0195, "v", run.device)  # the paper's latent models, Tables 6 and 7
     image_file, clip_file = run.folder / "image.pt", run.folder / "checkpoint.pt"
-    if not config.resume:
+    if config.overwrite and not config.resume:
         clip_file.unlink(missing_ok=True)  # temporal layers of an earlier image model
 
     data = draw_clips(config.clips, run.generator("data"))

@@ -194,6 +194,8 @@ class Record:
         self.previous = frame
 
     def close(self) -> None:
+        if not self.rows:
+            return
         if self.writer:
             self.writer.close()
         save_animation(self.preview, self.folder / f"{self.name}.webp", self.fps / self.every)
@@ -201,10 +203,22 @@ class Record:
         sheet(rows, self.folder / f"contact_sheet{self.name.removeprefix('long')}.png")
 
 
+def clear(folder: Path) -> None:
+    """An older video does not stay beside a new configuration."""
+    for pattern in ("long*", "contact_sheet*", "drift*", "numbers.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def write(run: Run, name: str, frames: Iterable[torch.Tensor], length: int, rate: float) -> Record:
     record = Record(run.folder, name, length, rate)
-    for frame in tqdm(frames, total=length, desc=name, mininterval=1.0):
-        record.add(frame)
+    try:
+        for frame in tqdm(frames, total=length, desc=name, mininterval=1.0):
+            record.add(frame)
+    except KeyboardInterrupt:
+        done = len(record.rows)
+        record.close()
+        raise KeyboardInterrupt(f"{run.folder}/{name}.* has the {done} of {length} frames made until then") from None
     record.close()
     return record
 
@@ -288,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
     run = Run(NAME, config)
+    clear(run.folder)
     image = lesson02.load(run)
     labels = conditions(1, config.night, config.cars)
     rate, length = config.final_fps / 4 ** (2 - config.passes), frame_count(config)

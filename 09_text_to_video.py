@@ -79,7 +79,7 @@ NAME = "09_text_to_video"
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    prompt: str = ""  # text to show; nothing is trained then
+    prompt: str | None = None  # text to show, "" for none; nothing is trained then
     negative: str = ""  # what to steer away from, in the place of no text at all
     key_frames: int = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
     reach: int = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
@@ -492,7 +492,8 @@ def frames_of(run: Run, config: Config, image) -> Iterator[torch.Tensor]:
 def show(config: Config) -> None:
     """--prompt: the video, small, and its beginning large."""
     name = "-".join(re.findall(r"[a-z0-9]+", config.prompt.lower()))[:60]
-    run = Run(NAME, config, name or "prompt")
+    run = Run(NAME, config, name or ("prompt" if config.prompt else "no-text"))
+    lesson08.clear(run.folder)
     image = open_backbone(run, config, config.keep_captions)
     length, fps = 16 * (config.key_frames - 1) + 1, config.final_fps
     frames, beginning = lesson08.tee_first(frames_of(run, config, image), round(config.upsampled_seconds * fps))
@@ -537,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         return show_plan(config)
     if config.key_frames < 2 or config.wider < 1 or config.reach < 0:
         raise UserError("--key-frames at least 2, --wider at least 1, --reach not negative")
-    if config.prompt:
+    if config.prompt is not None:
         one_process("--prompt")
         return show(config)
     run = Run(NAME, config)

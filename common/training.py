@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,6 +42,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import parallel
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -62,7 +68,7 @@ class BaseConfig:
     threads: int = 0  # CPU threads; 0 leaves it to torch
     save_every: int = 500  # steps between checkpoints (one is always written at the end and on Ctrl-C)
     resume: bool = False  # go on from this script's last checkpoint
-    overwrite: bool = False  # replace a folder that another configuration made
+    overwrite: bool = False  # replace what the folder holds: trained weights, or what another configuration made
     dry_run: bool = False  # print configuration, parameter counts and shapes; write nothing
 
     def data_name(self) -> str:
@@ -124,8 +130,8 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
             options["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is tuple:
             options.update(type=typing.get_args(kind)[0], nargs="*")
-        else:
-            options["type"] = kind
+        else:  # str | None: a text that may be empty, and not given
+            options["type"] = (typing.get_args(kind) or (kind,))[0]
         parser.add_argument(flag, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -150,8 +156,8 @@ def cli(main: Callable[[list[str] | None], object]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; free some space or choose another --out", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; what was trained is saved, go on with --resume", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped; {stopped or 'checkpoints that were written stay'}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -239,7 +245,7 @@ class Run:
         mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in RUNTIME_FIELDS}
         mine = json.loads(json.dumps(mine))
         path = self.folder / "config.json"
-        made = path.exists() and any(p.name not in ("config.json", "env.txt") for p in self.folder.iterdir())
+        made = path.exists() and any(p.name not in ("config.json", "env.txt", "lock") for p in self.folder.iterdir())
         if made and not (self.config.resume or self.config.overwrite):
             try:
                 theirs = json.loads(path.read_text())
@@ -252,6 +258,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank:
             return  # only the first process writes
+        lock(self.folder)
         write_text(path, json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
         lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", platform.platform()]
         lines += [f"device {self.device}", f"precision {self.dtype}", f"threads {torch.get_num_threads()}"]
@@ -380,6 +387,24 @@ class Run:
         write_text(self.folder / "numbers.json", json.dumps(self.numbers, indent=1) + "\n")
 
 
+LOCKS: dict[Path, typing.IO] = {}  # of this process; the system releases them when it ends, however it ends
+
+
+def lock(folder: Path) -> None:
+    """Keeps other processes out of a folder. Raises UserError when one is in it. (Not on Windows.)"""
+    path = folder.resolve() / "lock"
+    if fcntl is None or path in LOCKS:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another run; wait for it, or choose another --out") from None
+    except OSError:
+        return  # some network file systems have no locks
+    LOCKS[path] = file
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     part = path.with_name(path.name + ".part")
@@ -479,12 +504,12 @@ def config_of(config_class: type, content: dict):
 
 
 def command(script: str, config: BaseConfig, *flags: str) -> str:
-    """The command line that makes a predecessor's checkpoint in the same OUT."""
+    """The command line that makes a predecessor's checkpoint in the same OUT, to be pasted."""
     parts = ["python", f"{script}.py", "--preset", config.preset]
     parts += ["--data", config.data] if config.data != "driving" else []
     parts += ["--final-fps", f"{config.final_fps:g}"] if config.final_fps != 30 else []
     parts += ["--out", config.out] if config.out else []
-    return " ".join([*parts, *flags])
+    return shlex.join([*parts, *flags])
 
 
 def check_lineage(content: dict, lineage: dict, path: Path, remedy: str) -> None:
@@ -659,6 +684,8 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
         if run.processes > 1:
             torch.distributed.barrier()  # the others may read it next
 
+    if path.exists() and not (run.config.resume or run.config.overwrite):
+        raise UserError(f"{path} holds what was trained before: --resume goes on with it, --overwrite replaces it")
     if run.config.resume and path.exists():
         content = load_checkpoint(path, "the same command without --resume")
         for name, part in parts.items():

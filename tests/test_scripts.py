@@ -1,8 +1,10 @@
 """Every script as a user starts it: at the smoke preset, dry for every preset, resumed, and with bad input."""
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.training import Run, UserError, known_good, preset_config
+from common.training import LOCKS, Run, UserError, known_good, lock, preset_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))
@@ -249,3 +251,48 @@ def test_pixel_baseline(course: Path) -> None:
     for name in ("02_image_ldm", "05_prediction"):
         import_module(name).main(["--preset", "smoke", "--out", str(course), "--pixel"])
         assert (course / f"{name}-pixel" / "checkpoint.pt").exists()
+
+
+# %% Starting over
+
+
+def test_trained_work_is_not_started_over_without_a_word(tmp_path: Path) -> None:
+    flags = ["--preset", "smoke", "--out", tmp_path / "my runs", "--threads", "1"]
+    assert start("01_toy_alignment", *flags).returncode == 0
+    path = tmp_path / "my runs" / "01_toy_alignment" / "checkpoint.pt"
+    before = path.read_bytes()
+    again = start("01_toy_alignment", *flags)
+    assert again.returncode == 2 and "--resume goes on with it, --overwrite replaces it" in again.stderr
+    assert path.read_bytes() == before
+    missing = start("03_temporal_layers", *flags)
+    suggested = shlex.split(missing.stderr.strip().splitlines()[-1].partition("make it with: ")[2])
+    assert suggested[:2] == ["python", "02_image_ldm.py"] and str(tmp_path / "my runs") in suggested
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    lock(tmp_path)
+    lock(tmp_path)  # this process again
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n" \
+           f"from common.training import cli, lock\nsys.exit(cli(lambda _: lock(Path({str(tmp_path)!r}))))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 2 and "is in use by another run" in other.stderr
+    file = LOCKS.pop(tmp_path.resolve() / "lock")
+    file.close()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_an_interrupted_video_can_be_played(course: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    lesson08 = import_module("08_sample_long")
+    run = lesson08.Run("08_sample_long", lesson08.Config(preset="smoke", out=str(tmp_path)))
+
+    def frames() -> Iterator[torch.Tensor]:
+        for i in range(9):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield torch.zeros(3, 16, 32)
+
+    with pytest.raises(KeyboardInterrupt, match="has the 5 of 9 frames made until then"):
+        lesson08.write(run, "long", frames(), 9, 10.0)
+    with av.open(str(run.folder / "long.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 5
