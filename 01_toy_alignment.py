@@ -38,7 +38,12 @@ from common.diffusion import Diffusion
 from common.training import (
     EMA,
     BaseConfig,
+    Count,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
+    Whole,
     adamw,
     cli,
     clip_and_warm_up,
@@ -60,16 +65,16 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 @dataclasses.dataclass(kw_only=True)
 class Config(BaseConfig):
     precision: str = "float32"  # float32; tensors this small gain nothing from less
-    image_steps: int = 1500  # training steps of the image model
-    image_batch: int = 4096  # images a step
-    steps: int = 3500  # training steps of the temporal layers
-    batch: int = 512  # clips a step
-    channels: int = 64  # width of the MLP
-    layers: int = 2  # spatial layers, each with a temporal layer behind it
-    lr: float = 4e-3  # learning rate after warm-up; it then falls as 1 / sqrt(1 + step / 300)
-    ema_decay: float = 0.999  # decay of the averaged weights, which are the ones sampled with
-    ddim_steps: int = 150  # sampling steps, finer towards the data
-    clips: int = 8192  # clips the numbers are measured on
+    image_steps: Whole = 1500  # training steps of the image model
+    image_batch: Count = 4096  # images a step
+    steps: Whole = 3500  # training steps of the temporal layers
+    batch: Count = 512  # clips a step
+    channels: Count = 64  # width of the MLP
+    layers: Count = 2  # spatial layers, each with a temporal layer behind it
+    lr: Rate = 4e-3  # learning rate after warm-up; it then falls as 1 / sqrt(1 + step / 300)
+    ema_decay: Fraction = 0.999  # decay of the averaged weights, which are the ones sampled with
+    ddim_steps: SamplingSteps = 150  # sampling steps, finer towards the data
+    clips: Count = 8192  # clips the numbers are measured on
 
 
 # The toy is the same whatever is built on it: gpu and the two models of the paper change nothing here.

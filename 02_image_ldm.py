@@ -41,10 +41,18 @@ from common.pictures import plot_metrics, sheet
 from common.scenes import MAX_CARS
 from common.training import (
     EMA,
+    Amount,
     BaseConfig,
+    Beta,
+    Count,
+    Factor,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     channels_last,
     check_lineage,
@@ -75,49 +83,49 @@ class Config(TrainingConfig):
     condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
     pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
     sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
-    height: int = 64  # frame height in pixels
-    width: int = 128  # frame width in pixels
+    height: Count = 64  # frame height in pixels
+    width: Count = 128  # frame width in pixels
     # the autoencoder (Table 8)
-    ae_channels: int = 32  # base width
-    ae_multipliers: tuple[int, ...] = (1, 2, 2)  # factor of the width per level; f = 2^(levels - 1)
-    ae_depth: int = 1  # residual blocks per level
+    ae_channels: Count = 32  # base width
+    ae_multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level; f = 2^(levels - 1)
+    ae_depth: Count = 1  # residual blocks per level
     ae_attention: bool = False  # attention in the blocks of the lowest level
-    latent_channels: int = 4  # channels of z
+    latent_channels: Count = 4  # channels of z
     regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
-    codes: int = 16384  # codebook size for vq
-    ae_steps: int = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
-    ae_batch: int = 4  # frames per step; in minutes, many steps on few frames give most
-    ae_lr: float = 3e-3  # learning rate of autoencoder and discriminator
-    ae_steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    square_weight: float = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
-    kl_weight: float = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
-    gan_start: int = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
-    gan_weight: float = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
+    codes: Count = 16384  # codebook size for vq
+    ae_steps: Whole = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
+    ae_batch: Count = 4  # frames per step; in minutes, many steps on few frames give most
+    ae_lr: Rate = 3e-3  # learning rate of autoencoder and discriminator
+    ae_steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    square_weight: Amount = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
+    kl_weight: Amount = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
+    gan_start: Whole = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
+    gan_weight: Amount = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
     # the U-Net (Table 6)
-    channels: int = 64  # base width
-    multipliers: tuple[int, ...] = (1, 2, 2)  # factor of the width per level
-    depth: int = 1  # residual blocks per level
-    attention: tuple[int, ...] = (2, 4)  # downsampling factors with transformers
-    heads: int = 0  # attention heads; 0: from head_channels
-    head_channels: int = 32  # channels per head
-    context_dim: int = 64  # width of the condition tokens
-    fusion_layers: int = 2  # depth of the small transformer over boxes or words
+    channels: Count = 64  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
+    heads: Whole = 0  # attention heads; 0: from head_channels
+    head_channels: Whole = 32  # channels per head
+    context_dim: Whole = 64  # width of the condition tokens
+    fusion_layers: Whole = 2  # depth of the small transformer over boxes or words
     # diffusion
     schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # linear in sqrt(beta) (latents) or in beta (pixels)
-    beta_start: float = 0.0015  # first beta
-    beta_end: float = 0.0195  # last beta
+    beta_start: Beta = 0.0015  # first beta
+    beta_end: Beta = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: int = 2300  # training steps of the U-Net
-    batch: int = 16  # frames per step
-    lr: float = 1e-3  # learning rate of the U-Net
-    warmup: int = 50  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    ema_decay: float = 0.998  # decay of the weight average
-    p_drop: float = 0.3  # probability of dropping the condition; most samples of this course are unconditional
-    ddim_steps: int = 25  # sampling steps
-    eta: float = 1.0  # 0 deterministic, 1 ancestral
-    guidance: float = 2.0  # scale of classifier-free guidance on the condition
-    samples: int = 16  # pictures in samples.png and frames in the held-out numbers
+    steps: Whole = 2300  # training steps of the U-Net
+    batch: Count = 16  # frames per step
+    lr: Rate = 1e-3  # learning rate of the U-Net
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    ema_decay: Fraction = 0.998  # decay of the weight average
+    p_drop: Fraction = 0.3  # probability of dropping the condition; most samples of this course are unconditional
+    ddim_steps: SamplingSteps = 25  # sampling steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 2.0  # scale of classifier-free guidance on the condition
+    samples: Count = 16  # pictures in samples.png and frames in the held-out numbers
 
 
 PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,

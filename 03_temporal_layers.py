@@ -34,9 +34,15 @@ from common.measures import colour_change, motion
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     check_lineage,
     cli,
@@ -59,18 +65,18 @@ NAME = "03_temporal_layers"
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    frames: int = 8  # T, frames of a clip
-    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
-    steps: int = 1100  # training steps
-    batch: int = 2  # clips per step
-    lr: float = 1e-3  # learning rate
-    warmup: int = 50  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 12  # sampling steps; few, as a model this small adds grain with every one
-    eta: float = 1.0  # 0 deterministic, 1 ancestral
-    samples: int = 8  # clips to sample for pictures and numbers
+    frames: Count = 8  # T, frames of a clip
+    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    steps: Whole = 1100  # training steps
+    batch: Count = 2  # clips per step
+    lr: Rate = 1e-3  # learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 12  # sampling steps; few, as a model this small adds grain with every one
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    samples: Count = 8  # clips to sample for pictures and numbers
 
 
 PRESETS: dict[str, dict] = {

@@ -26,6 +26,7 @@ decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,15 @@ from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import StableDiffusion, frame_size
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    Range,
+    Rate,
     Run,
     TrainingConfig,
     UserError,
+    Whole,
     channels_last,
     check_lineage,
     cli,
@@ -71,25 +78,25 @@ PORTION = 4  # times the frames of a training clip are decoded at once
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
     backbone: str = ""  # tune Stable Diffusion's decoder, of a file or folder, instead of lesson 2's
-    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
-    frames: int = 6  # frames of a training clip
-    kernel: int = 3  # temporal kernel, of kernel x 3 x 3 convolutions
-    steps: int = 450  # training steps
-    batch: int = 2  # clips per step
-    lr: float = 6e-4  # learning rate of decoder and discriminators
-    warmup: int = 20  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    latent_noise: float = 0.0  # latents get noise of a deviation from 0 to this: what lessons 5 and 6 get wrong
-    difference_weight: float = 0.0  # weight of the error of frame-to-frame differences
-    ema_decay: float = 0.99  # decay of the weight average; 0 is none
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
+    frames: Count = 6  # frames of a training clip
+    kernel: Annotated[int, Range(1, 9, "odd")] = 3  # temporal kernel, of kernel x 3 x 3 convolutions
+    steps: Whole = 450  # training steps
+    batch: Count = 2  # clips per step
+    lr: Rate = 6e-4  # learning rate of decoder and discriminators
+    warmup: Whole = 20  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    latent_noise: Amount = 0.0  # latents get noise of a deviation from 0 to this: what lessons 5 and 6 get wrong
+    difference_weight: Amount = 0.0  # weight of the error of frame-to-frame differences
+    ema_decay: Fraction = 0.99  # decay of the weight average; 0 is none
     freeze_spatial: bool = False  # train the new temporal layers only
-    perceptual_weight: float = 0.1  # weight of the perceptual term
+    perceptual_weight: Amount = 0.1  # weight of the perceptual term
     lpips: str = ""  # TorchScript file (x, y in [-1, 1] -> distance) to use as perceptual term
-    feature_steps: int = 250  # training steps of the feature network when there is no LPIPS file
-    gan_start: int = 320  # step at which the discriminators join
-    gan_weight: float = 0.1  # times the adaptive weight
+    feature_steps: Whole = 250  # training steps of the feature network when there is no LPIPS file
+    gan_start: Whole = 320  # step at which the discriminators join
+    gan_weight: Amount = 0.1  # times the adaptive weight
     image_discriminator: bool = False  # an additional frame-wise discriminator (Table 14)
-    samples: int = 8  # held-out clips in the numbers
+    samples: Count = 8  # held-out clips in the numbers
 
 
 PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000,

@@ -35,9 +35,15 @@ from common.measures import motion, psnr
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     check_lineage,
     cli,
@@ -64,26 +70,26 @@ NAME = "05_prediction"
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    frames: int = 8  # T, frames of a clip
-    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
-    known_features: int = 32  # channels c_S is embedded to ("context channels")
-    context_shares: tuple[float, ...] = (0.2, 0.4, 0.4)  # probabilities of S = 0, 1, 2 (not given in the paper)
+    frames: Count = 8  # T, frames of a clip
+    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    known_features: Count = 32  # channels c_S is embedded to ("context channels")
+    context_shares: tuple[Fraction, ...] = (0.2, 0.4, 0.4)  # probabilities of S = 0, 1, 2 (not given in the paper)
     temporal: Literal["both", "attention", "conv"] = "both"  # which temporal layers (attention: twice as many)
     end_to_end: bool = False  # train spatial and temporal layers together from nothing
     pixel: bool = False  # on the pixel-space image model of 02_image_ldm.py --pixel
-    steps: int = 1100  # training steps
-    batch: int = 2  # clips per step
-    lr: float = 1e-3  # learning rate
-    warmup: int = 50  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 16  # sampling steps
-    eta: float = 1.0  # 0 deterministic, 1 ancestral
-    guidance: float = 1.5  # scale s of context guidance, Eq. (4)
-    sweep: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)  # scales in guidance.png
-    samples: int = 4  # held-out clips in the numbers
-    futures: int = 8  # futures sampled for each
+    steps: Whole = 1100  # training steps
+    batch: Count = 2  # clips per step
+    lr: Rate = 1e-3  # learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 16  # sampling steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 1.5  # scale s of context guidance, Eq. (4)
+    sweep: tuple[Amount, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)  # scales in guidance.png
+    samples: Count = 4  # held-out clips in the numbers
+    futures: Count = 8  # futures sampled for each
 
 
 PAPER = dict(feed_forward=4.0, known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)

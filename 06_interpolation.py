@@ -31,8 +31,15 @@ from common.measures import psnr, restlessness, sharpness
 from common.pictures import animation, plot_metrics, plt, save_figure, sheet
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
+    Spacing,
     TrainingConfig,
+    Whole,
     adamw,
     check_lineage,
     cli,
@@ -59,21 +66,21 @@ FRAMES = 5  # two ends and three between: this is what "interpolation by 4" mean
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
-    known_features: int = 32  # channels c_S is embedded to ("context channels")
-    stage_dim: int = 64  # width of the token that tells the stage, in the temporal cross-attention
-    steps: int = 750  # training steps
-    batch: int = 4  # clips per step, half of each rate
-    lr: float = 1e-3  # learning rate
-    warmup: int = 50  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 6  # sampling steps
-    power: float = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: float = 0.0  # 0 deterministic, 1 ancestral
-    guidance: float = 1.0  # scale of guidance on the labels (the paper: 2 with labels, 1 without)
-    samples: int = 12  # held-out clips of each rate in the numbers
+    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, 5 is one value a frame
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    known_features: Count = 32  # channels c_S is embedded to ("context channels")
+    stage_dim: Whole = 64  # width of the token that tells the stage, in the temporal cross-attention
+    steps: Whole = 750  # training steps
+    batch: Count = 4  # clips per step, half of each rate
+    lr: Rate = 1e-3  # learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 6  # sampling steps
+    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 1.0  # scale of guidance on the labels (the paper: 2 with labels, 1 without)
+    samples: Count = 12  # held-out clips of each rate in the numbers
 
 
 PAPER = dict(feed_forward=4.0, known_features=128, stage_dim=512, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50,

@@ -34,9 +34,19 @@ from common.parallel import Share
 from common.pictures import animation, plot_metrics, sheet
 from common.training import (
     EMA,
+    Amount,
+    Beta,
+    Count,
+    Factor,
+    Fraction,
+    NoiseLevel,
+    Rate,
     Run,
+    SamplingSteps,
+    Spacing,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     channels_last,
     check_lineage,
@@ -65,40 +75,40 @@ SCALE = 4
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    patch: int = 16  # side of a training patch in small pixels; the large one is 4 times that
-    frames: int = 8  # T, frames of a training clip, and of a portion when sampling
-    overlap: int = 0  # frames that portions have in common when sampling; there one fades into the other
-    fps: float = 0.0  # frame rate of the training clips; 0: the final rate
-    channels: int = 16  # base width
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # factor of the width per level
-    depth: int = 1  # residual blocks per level
-    attention: tuple[int, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a full frame
-    heads: int = 4  # attention heads
+    patch: Count = 16  # side of a training patch in small pixels; the large one is 4 times that
+    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
+    overlap: Whole = 0  # frames that portions have in common when sampling; there one fades into the other
+    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
+    channels: Count = 16  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 4, 4)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a frame
+    heads: Whole = 4  # attention heads
     output_norm: bool = False  # GroupNorm before the last convolution; at 16 channels it costs 2 dB (see Upsampler)
-    level_dim: int = 64  # width of the token that tells the noise level
-    known_features: int = 16  # channels c_S is embedded to ("context channels")
-    alpha_frames: int = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    level_dim: Whole = 64  # width of the token that tells the noise level
+    known_features: Count = 16  # channels c_S is embedded to ("context channels")
+    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
     schedule: Literal["sqrt_linear", "linear"] = "linear"  # linear in beta, which App. F names, for this pixel model
-    beta_start: float = 1e-4  # first beta
-    beta_end: float = 0.02  # last beta
+    beta_start: Beta = 1e-4  # first beta
+    beta_end: Beta = 0.02  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
     residual: bool = False  # diffuse what bilinear enlargement lacks, at unit variance, rather than the whole picture
-    shared_noise: float = 0.0  # part of the noise's variance that the frames of a clip have in common
-    max_level: int = 250  # noise augmentation in training: uniform in 0 to this
-    level: int = 150  # noise augmentation when sampling
-    image_steps: int = 1800  # training steps of the image upsampler
-    image_batch: int = 6  # patches per step; in minutes, many steps on few patches give most
-    image_lr: float = 2e-3  # its learning rate
-    steps: int = 230  # training steps of the temporal layers
-    batch: int = 2  # clips of patches per step
-    lr: float = 1e-3  # their learning rate
-    warmup: int = 50  # steps of linear warm-up
-    steady: int = 0  # so many steps at the full rates, which then fall with the root of the step; 0: all
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 4  # sampling steps
-    power: float = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: float = 1.0  # 0 deterministic, 1 ancestral
-    samples: int = 1  # held-out clips in the numbers
+    shared_noise: Fraction = 0.0  # part of the noise's variance that the frames of a clip have in common
+    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
+    level: NoiseLevel = 150  # noise augmentation when sampling
+    image_steps: Whole = 1800  # training steps of the image upsampler
+    image_batch: Count = 6  # patches per step; in minutes, many steps on few patches give most
+    image_lr: Rate = 2e-3  # its learning rate
+    steps: Whole = 230  # training steps of the temporal layers
+    batch: Count = 2  # clips of patches per step
+    lr: Rate = 1e-3  # their learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rates, which then fall with the root of the step; 0: all
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 4  # sampling steps
+    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    samples: Count = 1  # held-out clips in the numbers
 
 
 # Frames of 64 x 128 have a quarter of the paper's pixels to average noise over, so the same level hides four times as

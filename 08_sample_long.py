@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ from common.image_model import conditions
 from common.measures import sharpness
 from common.media import fitted, open_picture
 from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.training import BaseConfig, Run, UserError, cli, count, known_good, one_process, parse
+from common.scenes import MAX_CARS
+from common.training import Amount, BaseConfig, Count, Range, Run, UserError, cli, count, known_good, one_process, parse
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -52,18 +54,18 @@ PREVIEW = 240  # frames of long.webp at most: it is kept in memory until the end
 
 @dataclass(kw_only=True)
 class Config(BaseConfig):
-    seconds: float = 8.0  # length of the video
-    fps: float = 0.0  # playback rate written into the files; 0: the rate the passes lead to
+    seconds: Annotated[float, Range(0.01, 1e6)] = 8.0  # length of the video
+    fps: Amount = 0.0  # playback rate written into the files; 0: the rate the passes lead to
     first_frame: str = ""  # picture to start from; empty: one from the image model
-    futures: int = 1  # videos from the same first frame
-    night: int = -1  # 1 night, 0 day, -1 whatever comes
-    cars: int = -1  # cars in view, -1 whatever comes
-    guidance: float = 0.0  # context guidance of the prediction; 0: the scale lesson 5 was configured with
-    ddim_steps: int = 0  # sampling steps of key frames and interpolation; 0: as configured in their lessons
-    passes: int = 2  # interpolation passes: 0, 1 or 2
+    futures: Count = 1  # videos from the same first frame
+    night: Annotated[int, Range(-1, 1)] = -1  # 1 night, 0 day, -1 whatever comes
+    cars: Annotated[int, Range(-1, MAX_CARS)] = -1  # cars in view, -1 whatever comes
+    guidance: Amount = 0.0  # context guidance of the prediction; 0: the scale lesson 5 was configured with
+    ddim_steps: Annotated[int, Range(0, 1000)] = 0  # sampling steps of lessons 5 and 6; 0: as configured there
+    passes: Annotated[int, Range(0, 2)] = 2  # interpolation passes: 0, 1 or 2
     video_decoder: bool = True  # lesson 4's decoder; otherwise the image decoder, frame by frame
     upsampler: bool = True  # lesson 7's upsampler; otherwise small frames
-    upsampled_seconds: float = 0.0  # with a number: only the first so many seconds large, in a file of their own
+    upsampled_seconds: Amount = 0.0  # with a number: only the first so many seconds large, in a file of their own
 
 
 PRESETS: dict[str, dict] = {
@@ -293,10 +295,6 @@ def frame_count(config: Config) -> int:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     one_process(NAME)
-    if config.passes not in (0, 1, 2) or config.futures < 1 or config.seconds <= 0:
-        raise UserError("--passes is 0, 1 or 2; --futures at least 1; --seconds positive")
-    if config.upsampled_seconds < 0:
-        raise UserError(f"--upsampled-seconds {config.upsampled_seconds:g}: not negative")
     if config.dry_run:
         return show_plan(config)
     if config.first_frame:

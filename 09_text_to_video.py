@@ -46,9 +46,16 @@ from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import SHAPES, StableDiffusion, TextEncoder, frame_size, inspect
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    NoiseLevel,
+    Rate,
     Run,
+    SamplingSteps,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     check_lineage,
     cli,
@@ -81,38 +88,38 @@ NAME = "09_text_to_video"
 class Config(TrainingConfig):
     prompt: str | None = None  # text to show, "" for none; nothing is trained then
     negative: str = ""  # what to steer away from, in the place of no text at all
-    key_frames: int = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
-    reach: int = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
-    wider: int = 1  # latents so many times as high and as wide as trained (App. D)
-    upsampled_seconds: float = 1.0  # so much of the video is upsampled, where lesson 11 is trained
+    key_frames: Count = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
+    reach: Whole = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
+    wider: Count = 1  # latents so many times as high and as wide as trained (App. D)
+    upsampled_seconds: Amount = 1.0  # so much of the video is upsampled, where lesson 11 is trained
     inspect: str = ""  # a checkpoint: print its parts and what becomes of every name, and stop
     backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
     keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
     parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
-    spatial_steps: int = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
-    spatial_batch: int = 16  # frames per step of that
+    spatial_steps: Whole = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
+    spatial_batch: Count = 16  # frames per step of that
     shard: bool = False  # under torchrun: spread weights and optimizer over the processes (FSDP2)
-    frames: int = 8  # T, frames of a training clip
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
-    steps: int = 900  # training steps of the temporal layers
-    batch: int = 2  # clips per step
-    interpolation_steps: int = 1200  # training steps of the interpolation model
-    interpolation_batch: int = 2  # clips per step, half of each rate
-    interpolation_steady: int = 300  # so many at the full rate, which then falls with the root of the step; 0: all
-    max_level: int = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
-    lr: float = 1e-3  # learning rate of all
-    warmup: int = 50  # steps of linear warm-up
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 16  # sampling steps of key frames
-    guidance: float = 3.0  # scale of guidance on the text
-    interpolation_ddim_steps: int = 12  # sampling steps of the interpolation
-    interpolation_guidance: float = 1.0  # its scale of guidance on the text
-    eta: float = 0.0  # 0 deterministic, 1 ancestral: with few steps its fresh noise makes brightness flicker
-    reader_steps: int = 700  # training steps of the network that reads what is in the samples
-    samples: int = 32  # held-out captions in the numbers
+    frames: Count = 8  # T, frames of a training clip
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    steps: Whole = 900  # training steps of the temporal layers
+    batch: Count = 2  # clips per step
+    interpolation_steps: Whole = 1200  # training steps of the interpolation model
+    interpolation_batch: Count = 2  # clips per step, half of each rate
+    interpolation_steady: Whole = 300  # so many at the full rate, which then falls with the root of the step; 0: all
+    max_level: NoiseLevel = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
+    lr: Rate = 1e-3  # learning rate of all
+    warmup: Whole = 50  # steps of linear warm-up
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 16  # sampling steps of key frames
+    guidance: Amount = 3.0  # scale of guidance on the text
+    interpolation_ddim_steps: SamplingSteps = 12  # sampling steps of the interpolation
+    interpolation_guidance: Amount = 1.0  # its scale of guidance on the text
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral: with few steps its fresh noise makes brightness flicker
+    reader_steps: Whole = 700  # training steps of the network that reads what is in the samples
+    samples: Count = 32  # held-out captions in the numbers
 
 
 PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999, eta=1.0, interpolation_steady=0)

@@ -45,9 +45,15 @@ from common.pretrained import CaptionTokens
 from common.scenes import Scene, scene_behind, van_scene
 from common.training import (
     EMA,
+    Amount,
+    Count,
+    Fraction,
+    Rate,
     Run,
+    SamplingSteps,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     check_lineage,
     cli,
@@ -81,20 +87,20 @@ class Config(TrainingConfig):
     backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
     ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[int, ...] = (320, 512)  # frame height and width with --backbone
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
     parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
-    prior_images: int = 64  # pictures of the class, made by the untuned model
-    prior_weight: float = 3.0  # weight of the loss on them: with 1, ten pictures teach a small model stillness as well
-    steps: int = 400  # training steps
-    batch: int = 4  # pictures of the subject per step, and as many of the class
-    lr: float = 2e-4  # learning rate of the U-Net and the text encoder
-    warmup: int = 20  # steps of linear warm-up
-    ema_decay: float = 0.98  # decay of the weight average
-    ddim_steps: int = 16  # sampling steps
-    guidance: float = 3.0  # scale of guidance on the text
-    eta: float = 0.0  # 0 deterministic, 1 ancestral
-    reader_steps: int = 300  # training steps of the network that knows the van
-    samples: int = 12  # videos of the van
+    prior_images: Count = 64  # pictures of the class, made by the untuned model
+    prior_weight: Amount = 3.0  # weight of the loss on them: with 1, ten pictures teach a small model stillness as well
+    steps: Whole = 400  # training steps
+    batch: Count = 4  # pictures of the subject per step, and as many of the class
+    lr: Rate = 2e-4  # learning rate of the U-Net and the text encoder
+    warmup: Whole = 20  # steps of linear warm-up
+    ema_decay: Fraction = 0.98  # decay of the weight average
+    ddim_steps: SamplingSteps = 16  # sampling steps
+    guidance: Amount = 3.0  # scale of guidance on the text
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral
+    reader_steps: Whole = 300  # training steps of the network that knows the van
+    samples: Count = 12  # videos of the van
 
 
 DREAMBOOTH = dict(prior_images=256, prior_weight=1.0, steps=800, eta=1.0)

@@ -39,9 +39,19 @@ from common.pictures import animation, plot_metrics, sheet
 from common.pretrained import StableDiffusion
 from common.training import (
     EMA,
+    Amount,
+    Beta,
+    Count,
+    Factor,
+    Fraction,
+    NoiseLevel,
+    Rate,
     Run,
+    SamplingSteps,
+    Spacing,
     TrainingConfig,
     UserError,
+    Whole,
     adamw,
     channels_last,
     check_lineage,
@@ -79,37 +89,37 @@ class Config(TrainingConfig):
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
     keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[int, ...] = (320, 512)  # small frames' height and width with --backbone
-    patch: int = 16  # side of a training patch in small pixels, and in latents; the large one is 4 times that
-    frames: int = 8  # T, frames of a training clip, and of a portion when sampling
-    fps: float = 0.0  # frame rate of the training clips; 0: the final rate
-    channels: int = 32  # base width
-    multipliers: tuple[int, ...] = (1, 2, 2)  # factor of the width per level
-    depth: int = 1  # residual blocks per level
-    attention: tuple[int, ...] = (2, 4)  # downsampling factors with transformers
-    text_only: tuple[int, ...] = (2,)  # those of them whose first attention looks at the text, not at the picture
-    heads: int = 2  # attention heads
-    known_features: int = 16  # channels c_S is embedded to ("context channels")
-    feed_forward: float = 1.0  # width of the temporal feed-forward layers over their channels (4 in the paper)
+    size: tuple[Count, ...] = (320, 512)  # small frames' height and width with --backbone
+    patch: Count = 16  # side of a training patch in small pixels, and in latents; the large one is 4 times that
+    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
+    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
+    channels: Count = 32  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
+    text_only: tuple[Factor, ...] = (2,)  # those of them whose first attention looks at the text, not at the picture
+    heads: Whole = 2  # attention heads
+    known_features: Count = 16  # channels c_S is embedded to ("context channels")
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in the paper)
     schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # what the upscaler's code calls linear
-    beta_start: float = 1e-4  # first beta
-    beta_end: float = 0.02  # last beta
+    beta_start: Beta = 1e-4  # first beta
+    beta_end: Beta = 0.02  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    max_level: int = 250  # noise augmentation in training: uniform in 0 to this
-    level: int = 30  # noise augmentation when sampling
-    image_steps: int = 3000  # training steps of the image upsampler
-    image_batch: int = 12  # patches per step
-    image_lr: float = 1e-3  # its learning rate
-    steps: int = 700  # training steps of the temporal layers
-    batch: int = 4  # clips of patches per step
-    lr: float = 1e-3  # their learning rate
-    warmup: int = 50  # steps of linear warm-up
-    ema_decay: float = 0.995  # decay of the weight average
-    ddim_steps: int = 6  # sampling steps
-    power: float = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: float = 1.0  # 0 deterministic, 1 ancestral
-    guidance: float = 2.0  # scale of guidance on the text
-    samples: int = 1  # held-out clips in the numbers
+    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
+    level: NoiseLevel = 30  # noise augmentation when sampling
+    image_steps: Whole = 3000  # training steps of the image upsampler
+    image_batch: Count = 12  # patches per step
+    image_lr: Rate = 1e-3  # its learning rate
+    steps: Whole = 700  # training steps of the temporal layers
+    batch: Count = 4  # clips of patches per step
+    lr: Rate = 1e-3  # their learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 6  # sampling steps
+    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 2.0  # scale of guidance on the text
+    samples: Count = 1  # held-out clips in the numbers
 
 
 PRESETS: dict[str, dict] = {

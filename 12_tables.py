@@ -71,9 +71,13 @@ from common.metrics import (
 from common.pictures import plt, save_figure, sheet
 from common.training import (
     CHECKPOINTS,
+    Amount,
     BaseConfig,
+    Count,
     Run,
+    SamplingSteps,
     UserError,
+    Whole,
     channels_last,
     cli,
     load_checkpoint,
@@ -102,7 +106,7 @@ REAL, OTHER_REAL, ASKED = 12_000, 12_001, 12_002  # keys of held-out clips: the 
 class Config(BaseConfig):
     preset: str = "tables"  # smoke, tables or gpu
     table: tuple[str, ...] = ()  # names of tables; none: all
-    seeds: tuple[int, ...] = (0, 1, 2)  # every row is trained and measured once with each
+    seeds: tuple[Whole, ...] = (0, 1, 2)  # every row is trained and measured once with each
     results: str = "results"  # folder of tables.json, tables.md and the figures
     render: bool = False  # compute nothing; write tables.md, figures and the README's section from tables.json
     detector: str = "toy"  # "toy", or a TorchScript I3D or Inception
@@ -111,15 +115,15 @@ class Config(BaseConfig):
     generated: str = ""  # folder of videos to judge with --protocol
     study: tuple[str, ...] = ()  # two folders of videos: write the page of a human study
     score: tuple[str, ...] = ()  # answers of a study: print preferences
-    height: int = 32  # frame height in pixels
-    width: int = 64  # frame width in pixels
-    frames: int = 8  # frames of a judged clip
-    samples: int = 256  # clips that are judged in each row
-    references: int = 1024  # real clips they are judged against
-    rollouts: int = 100  # videos in the table of long prediction
-    ddim_steps: int = 8  # sampling steps of every row, images and clips alike
-    guidance: float = 1.5  # scale of context guidance in the guided row; the sweep has others
-    reader_steps: int = 1500  # training steps of each network that reads scenes
+    height: Count = 32  # frame height in pixels
+    width: Count = 64  # frame width in pixels
+    frames: Count = 8  # frames of a judged clip
+    samples: Count = 256  # clips that are judged in each row
+    references: Count = 1024  # real clips they are judged against
+    rollouts: Whole = 100  # videos in the table of long prediction
+    ddim_steps: SamplingSteps = 8  # sampling steps of every row, images and clips alike
+    guidance: Amount = 1.5  # scale of context guidance in the guided row; the sweep has others
+    reader_steps: Whole = 1500  # training steps of each network that reads scenes
 
 
 PRESETS: dict[str, dict] = {
@@ -1224,8 +1228,6 @@ def check(config: Config) -> None:
         raise UserError(f"--frames {config.frames}: a detector is given clips of 16 (add --frames 16 --samples 2048)")
     if config.detector != "toy":
         Detector(config.detector, torch.device("cpu"))  # whether it can be read and applied
-    if not config.seeds:
-        raise UserError("--seeds: give at least one")
 
 
 def show_plan(config: Config) -> None:

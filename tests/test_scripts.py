@@ -1,6 +1,9 @@
 """Every script as a user starts it: at the smoke preset, dry for every preset, resumed, and with bad input."""
 
+import dataclasses
 import json
+import math
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.training import LOCKS, Run, UserError, known_good, lock, preset_config
+from common.training import LOCKS, Run, UserError, kind_of, known_good, lock, preset_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))
@@ -296,3 +299,46 @@ def test_an_interrupted_video_can_be_played(course: Path, tmp_path: Path) -> Non
         lesson08.write(run, "long", frames(), 9, 10.0)
     with av.open(str(run.folder / "long.mp4")) as container:
         assert len(list(container.decode(video=0))) == 5
+
+
+# %% Settings have ranges
+
+EVERY = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_number_has_a_range_and_is_held_to_it(name: str, tmp_path: Path) -> None:
+    lesson, out = import_module(name), tmp_path / "out"
+    for field in dataclasses.fields(lesson.Config):
+        kind, _, allowed = kind_of(lesson.Config, field.name)
+        assert (allowed is not None) == (kind in (int, float)), f"{name}: {field.name} has no range"
+        if allowed is None:
+            continue
+        flag, assigned = "--" + field.name.replace("_", "-"), f"--{field.name.replace('_', '-')}="
+        for wrong in (allowed.low - 1, 2 * allowed.high + 1, *((math.nan, math.inf) if kind is float else ())):
+            with pytest.raises(UserError, match=rf"{flag} \S+: must be {re.escape(str(allowed))}"):
+                lesson.main([f"{assigned}{kind(wrong)}", "--out", str(out)])
+        for wrong in ("", "x", *(("nan", "1.5") if kind is int else ())):
+            with pytest.raises(SystemExit) as stopped:
+                lesson.main([f"{assigned}{wrong}", "--out", str(out)])
+            assert stopped.value.code == 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("02_image_ldm", "--multipliers"), ("02_image_ldm", "--attention 3"), ("02_image_ldm", "--channels 50"),
+    ("02_image_ldm", "--beta-start 0.1"), ("03_temporal_layers", "--alpha-frames 3 --frames 4"),
+    ("04_decoder_finetune", "--kernel 2"), ("05_prediction", "--context-shares 0.5 0.6 0.1"),
+    ("06_interpolation", "--ddim-steps 1000"), ("09_text_to_video", "--size 64"), ("12_tables", "--seeds"),
+])
+def test_settings_that_cannot_be(name: str, flags: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{flags.split()[0]}"):
+        import_module(name).main([*flags.split(), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_ranges_and_defaults(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        import_module("02_image_ldm").main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(0 to 1; default 0.3)" in said and "(1 to 1000; default 25)" in said
