@@ -28,6 +28,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from einops import rearrange
 from torch import nn
 
 from common.blocks import TemporalOptions, sinusoids
-from common.data import Clips, open_data
+from common.data import Clips, note, open_data
 from common.diffusion import guided
 from common.image_model import ImageModel, conditions
 from common.latents import with_latents
@@ -98,7 +99,7 @@ class Config(TrainingConfig):
     keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
     ema: bool = False  # take the averaged weights of a CompVis file
     size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
-    parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
+    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
     spatial_steps: Whole = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
     spatial_batch: Count = 16  # frames per step of that
     shard: bool = False  # under torchrun: spread weights and optimizer over the processes (FSDP2)
@@ -502,6 +503,9 @@ def show(config: Config) -> None:
     run = Run(NAME, config, name or ("prompt" if config.prompt else "no-text"))
     lesson08.clear(run.folder)
     image = open_backbone(run, config, config.keep_captions)
+    words = "" if config.backbone else " ".join(config.prompt.split()[image.conditioner.LENGTH :])
+    if words:
+        note(f"left out, beyond the {image.conditioner.LENGTH} words that this model reads: {words}")
     length, fps = 16 * (config.key_frames - 1) + 1, config.final_fps
     frames, beginning = lesson08.tee_first(frames_of(run, config, image), round(config.upsampled_seconds * fps))
     lesson08.write(run, "long", frames, length, fps)

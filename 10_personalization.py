@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class Config(TrainingConfig):
     text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
     ema: bool = False  # take the averaged weights of a CompVis file
     size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
-    parameterization: str = "eps"  # what a --backbone predicts: eps, or v (2.1 at 768)
+    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
     prior_images: Count = 64  # pictures of the class, made by the untuned model
     prior_weight: Amount = 3.0  # weight of the loss on them: with 1, ten pictures teach a small model stillness as well
     steps: Whole = 400  # training steps

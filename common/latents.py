@@ -1,7 +1,7 @@
 """Latents of a folder's frames, encoded once and kept on disk (--cache-latents).
 
 One file a clip, OUT/latents/KEY/NAME.npy: all its frames, t c h w, half precision. KEY depends on the frame size and
-on the autoencoder's weights, NAME on the clip's own size and date too, so that nothing stale is ever read. Files are
+on the autoencoder's weights, NAME on the clip's content too, so that nothing stale is ever read. Files are
 renamed into place when they are whole, so that runs can share the folder; they are memory-mapped, not loaded.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.data import Again, Clips, Recording, VideoFolder, read
-from common.training import Run, UserError
+from common.training import Run, UserError, fingerprint
 
 
 def with_latents(run: Run, source, image):
@@ -59,9 +59,7 @@ class LatentFolder:
     def latents(self, recording: Recording) -> np.ndarray:
         """Of all frames of a clip, memory-mapped; made where they are missing."""
         if recording.path not in self.open:
-            facts = os.stat(recording.path)
-            name = hashlib.sha256(repr((recording.path.name, facts.st_size, facts.st_mtime_ns)).encode()).hexdigest()
-            path = self.folder / f"{recording.path.stem}-{name[:8]}.npy"
+            path = self.folder / f"{recording.path.stem}-{fingerprint(recording.path)}.npy"
             if not path.exists():
                 self.make(recording, path)
             self.open[recording.path] = np.load(path, mmap_mode="r")

@@ -17,10 +17,10 @@ from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import TemporalOptions
-from common.data import Clips
+from common.data import Clips, note
 from common.diffusion import Diffusion
 from common.image_model import ImageModel
-from common.training import UserError, channels_last, is_temporal, load_checkpoint, save_checkpoint
+from common.training import UserError, channels_last, fingerprint, is_temporal, load_checkpoint, save_checkpoint
 from common.unet import UNet
 
 Weights = dict[str, torch.Tensor]
@@ -48,9 +48,18 @@ AUTOENCODERS["sd2"] = AUTOENCODERS["sd1"]
 # %% Files
 
 
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys under which training programs keep the names
+WRAPPED = ("module.", "_orig_mod.")  # what they put in front of every name
+NOT_WEIGHTS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer, not the file it stands for"}
+
+
 def read_file(path: Path) -> Weights:
     """Every tensor of a .safetensors or torch file. UserError for one that is broken or holds code."""
     try:
+        begin = path.open("rb").read(32) if path.is_file() else b""
+        for mark, what in NOT_WEIGHTS.items():
+            if begin.lstrip().startswith(mark):
+                raise UserError(f"{path} is {what}: download it again")
         if path.suffix == ".safetensors":
             try:
                 from safetensors.torch import load_file
@@ -67,11 +76,50 @@ def read_file(path: Path) -> Weights:
             raise UserError(f"{path} holds more than tensors, and reading it would run its code: convert it to "
                             ".safetensors first") from None
         raise UserError(f"{path} cannot be read ({type(error).__name__}): truncated, or not a checkpoint") from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    while isinstance(content, dict) and (inner := [content[k] for k in WRAPPERS if isinstance(content.get(k), dict)]):
+        content = inner[0]
+    content = content if isinstance(content, dict) else {}
     weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not weights:
         raise UserError(f"{path} holds no named tensors: not a checkpoint")
+    while any(all(name.startswith(prefix) for name in weights) for prefix in WRAPPED):
+        weights = {name.partition(".")[2]: value for name, value in weights.items()}
     return weights
+
+
+def kind(weights: Weights) -> str:
+    """What a file that does not fit is, from its names and shapes; "" where nothing is known."""
+    first, context = weights.get(FIRST["unet"]), [v for k, v in weights.items() if k.endswith("attn2.to_k.weight")]
+    signs = {
+        "a LoRA, which changes a model and is none": any("lora_" in name for name in weights),
+        "a ControlNet": any("control_model" in name or "input_hint_block" in name for name in weights),
+        "Stable Diffusion XL": bool(context) and context[-1].shape[1] == 2048,
+        "a video model": any("time_stack" in name or "temporal" in name for name in weights),
+        "an inpainting model": first is not None and first.shape[1] == 9,
+        "the x4 upscaler": first is not None and first.shape[1] == 7,
+    }
+    return next((name for name, seen in signs.items() if seen), "")
+
+
+def values_of(weights: Weights) -> str:
+    """A fingerprint of weights, of samples of their values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        some = value.flatten()[:: max(1, value.numel() // 16)][:16].float()
+        digest.update(name.encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(folder: Path, part: str) -> dict:
+    """What a diffusers folder says of a part ("scheduler", "vae"); {} for a file or where it says nothing."""
+    for name in ("config.json", f"{part}_config.json"):
+        path = folder / part / name
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except ValueError:
+                raise UserError(f"{path} is not readable JSON") from None
+    return {}
 
 
 def zipped(path: Path) -> bool:
@@ -197,7 +245,8 @@ def architecture(weights: Weights, path: str | Path, heads: int = 0, head_channe
     """The arguments of UNet. Heads cannot be seen in shapes; without them the released models' are taken."""
     first = FIRST["unet"]
     if first not in weights or "out.2.weight" not in weights:
-        raise UserError(f"{path} has no weights of a U-Net (no input_blocks.0.0 or out.2)")
+        what = f"; it looks like {known}" if (known := kind(weights)) else ""
+        raise UserError(f"{path} has no weights of a U-Net (no input_blocks.0.0 or out.2){what}")
     channels, multipliers, counts, attention, text_only = weights[first].shape[0], [], [0], [], []
     block, factor, context_dim, linear = 1, 1, 0, True
     while any(name.startswith(f"input_blocks.{block}.") for name in weights):
@@ -221,7 +270,8 @@ def architecture(weights: Weights, path: str | Path, heads: int = 0, head_channe
     if not heads and not head_channels:
         released = {(768, False): dict(heads=8), (1024, False): dict(head_channels=64), (1024, True): dict(heads=8)}
         if (context_dim, label is not None) not in released:
-            raise UserError(f"{path} is no released model (context of width {context_dim}): say how many heads")
+            what = f" but {known}" if (known := kind(weights)) else ""
+            raise UserError(f"{path} is no released model{what} (context of width {context_dim}): say how many heads")
         chosen = released[context_dim, label is not None]
         heads, head_channels = chosen.get("heads", 0), chosen.get("head_channels", 0)
     return dict(
@@ -294,7 +344,10 @@ def load_weights(module: nn.Module, weights: Weights, path: str | Path,
     for what in ("missing", "unexpected", "wrong_shape"):
         if names := getattr(report, what):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise UserError(f"{path} does not fit this network: {len(names)} {what.replace('_', ' ')} ({some})")
+            known = f"; it looks like {looks}" if (looks := kind(weights)) else ""
+            raise UserError(f"{path} does not fit this network: {len(names)} {what.replace('_', ' ')} ({some}){known}")
+    if spoilt := next((name for name in report.loaded if not torch.isfinite(weights[name]).all()), None):
+        raise UserError(f"{path}: {spoilt} has values that are not finite")
     module.load_state_dict({name: weights[name] for name in report.loaded}, strict=False)
     return report
 
@@ -310,8 +363,10 @@ def load_unet(path: str | Path, temporal: TemporalOptions | None = None, heads: 
     return unet, load_weights(unet, weights, path)
 
 
-def load_autoencoder(path: str | Path, scale: float = 0.18215) -> Autoencoder:
-    """The autoencoder of a file or folder. scale: what latents are multiplied by (0.08333 for the x4 upscaler)."""
+def load_autoencoder(path: str | Path, scale: float | None = None) -> Autoencoder:
+    """The autoencoder of a file or folder. scale: what latents are multiplied by (0.08333 for the x4 upscaler); None:
+    what a folder says, else 0.18215."""
+    scale = settings_of(Path(path), "vae").get("scaling_factor", 0.18215) if scale is None else scale
     weights = {name: value for name, value in read_part(path, "autoencoder").items() if not name.startswith("loss.")}
     autoencoder = Autoencoder(**autoencoder_architecture(weights, path))
     load_weights(autoencoder, weights, path)
@@ -364,22 +419,28 @@ class TextEncoder(nn.Module):
         settings = settings.get("text_config", settings)
         self.width = settings["hidden_size"]
         self.penultimate = self.width == 1024 and settings["num_hidden_layers"] == 24
-        sizes = [(f.name, f.stat().st_size) for f in sorted(config.parent.iterdir())]
-        self.key = repr((settings.get("num_hidden_layers"), self.width, sizes))
+        self.places = {name: self.folder / name if (self.folder / name).is_dir() else self.folder
+                       for name in ("text_encoder", "tokenizer")}
+        here = {file.name for file in self.places["tokenizer"].iterdir()}
+        if "tokenizer.json" not in here and not {"vocab.json", "merges.txt"} <= here:
+            raise UserError(f"--text-encoder {folder}: no tokenizer in it (vocab.json, merges.txt; or tokenizer.json)")
+        self.key = repr([fingerprint(place) for place in self.places.values()])
 
     def load(self) -> None:
         try:
             from transformers import CLIPTextModel, CLIPTokenizer
         except ImportError:
             raise UserError('--text-encoder needs transformers: pip install -e ".[sd]"') from None
-        inner = {name: self.folder / name if (self.folder / name).is_dir() else self.folder
-                 for name in ("text_encoder", "tokenizer")}
         try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(inner["tokenizer"], local_files_only=True)
-            self.model = CLIPTextModel.from_pretrained(inner["text_encoder"], local_files_only=True)
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.places["tokenizer"], local_files_only=True)
+            self.model, report = CLIPTextModel.from_pretrained(self.places["text_encoder"], local_files_only=True,
+                                                               output_loading_info=True)
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(f"--text-encoder {self.folder}: not CLIP's text model and tokenizer ({first})") from None
+        if missing := [name for name in report["missing_keys"] if not name.endswith("position_ids")]:
+            raise UserError(f"--text-encoder {self.folder}: {len(missing)} weights of CLIP's text model are not in it "
+                            f"({sorted(missing)[0]}, ...)")
         self.model.requires_grad_(False).eval().to(self.device)
 
     def tune(self) -> None:
@@ -392,6 +453,10 @@ class TextEncoder(nn.Module):
     def encode(self, captions: list[str]) -> torch.Tensor:
         if self.model is None:
             self.load()
+        for caption in captions:
+            words = self.tokenizer(caption, verbose=False).input_ids
+            if len(words) > 77:
+                note(f"left out, beyond the 77 tokens that CLIP reads: {self.tokenizer.decode(words[76:-1])}")
         tokens = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         out = self.model(tokens.input_ids.to(self.device), output_hidden_states=self.penultimate)
         if not self.penultimate:
@@ -450,6 +515,19 @@ def frame_size(size: tuple[int, ...]) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def predicted(path: Path, asked: str) -> str:
+    """What a model predicts: as its folder's scheduler says, as is asked for, or eps. UserError where both differ, and
+    for other betas than Stable Diffusion's."""
+    said = settings_of(path, "scheduler")
+    named = {"epsilon": "eps", "v_prediction": "v"}.get(said.get("prediction_type", ""), "")
+    if asked and named and asked != named:
+        raise UserError(f"--parameterization {asked}: {path}/scheduler says {named}")
+    betas = tuple(said.get(key) for key in ("beta_start", "beta_end", "beta_schedule"))
+    if said and betas != (0.00085, 0.012, "scaled_linear"):
+        raise UserError(f"{path}/scheduler has other betas than Stable Diffusion ({', '.join(map(str, betas))})")
+    return asked or named or "eps"
+
+
 class StableDiffusion(ImageModel):
     """Stable Diffusion 1.x or 2.x, with all that lessons ask of an ImageModel. Frozen.
 
@@ -457,9 +535,10 @@ class StableDiffusion(ImageModel):
     text: its encoder; None where no captions will be read. Raises UserError for what does not fit.
     """
 
-    def __init__(self, path: str, text: TextEncoder | None, height: int, width: int, parameterization: str = "eps",
+    def __init__(self, path: str, text: TextEncoder | None, height: int, width: int, parameterization: str = "",
                  device: torch.device | str = "cpu", ema: bool = False) -> None:
         self.path, self.device = path, device
+        parameterization = predicted(Path(path), parameterization)
         self.config = Frozen(height, width, parameterization)
         self.weights, self.architecture, self.coder = {}, SHAPES.get(path), AUTOENCODERS.get(path)
         if self.architecture is not None and torch.device(device).type != "meta":
@@ -467,6 +546,10 @@ class StableDiffusion(ImageModel):
         if self.architecture is None:
             self.weights = read_part(path, "unet", ema)
             self.architecture = architecture(self.weights, path)
+            found = self.architecture
+            if (found["in_channels"], found["out_channels"]) != (4, 4) or found["label_classes"] or found["temporal"]:
+                what = kind(self.weights) or f"a network of {found['in_channels']} input channels"
+                raise UserError(f"--backbone {path}: not text to image but {what}")
             self.autoencoder = load_autoencoder(path)
             self.coder = autoencoder_architecture(self.autoencoder.state_dict(), path)
         else:
@@ -493,5 +576,7 @@ class StableDiffusion(ImageModel):
 
     @property
     def lineage(self) -> dict:
-        return {"backbone": Path(self.path).name, "height": self.config.height, "width": self.config.width}
+        backbone = values_of(self.weights) if self.weights else self.path
+        return {"backbone": backbone, "parameterization": self.config.parameterization,
+                "height": self.config.height, "width": self.config.width}
 

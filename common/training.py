@@ -103,7 +103,9 @@ class BaseConfig:
     dry_run: bool = False  # print configuration, parameter counts and shapes; write nothing
 
     def data_name(self) -> str:
-        return "driving" if self.data == "driving" else Path(self.data).resolve().name
+        """What the data are called in folders and checkpoints; no folder passes for the built-in scenes."""
+        name = Path(self.data).resolve().name
+        return "driving" if self.data == "driving" else f"{name}-folder" if name == "driving" else name
 
     def folder(self) -> Path:
         return Path(self.out or f"runs/{self.preset}-{self.data_name()}")
@@ -497,6 +499,19 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's or folder's content, cheaply: names inside, sizes, and three samples of the bytes of each."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
+        size = file.stat().st_size
+        digest.update(repr((file.relative_to(path).as_posix(), size)).encode())
+        with file.open("rb") as opened:
+            for start in (0, size // 2, max(0, size - 2**16)):
+                opened.seek(start)
+                digest.update(opened.read(2**16))
+    return digest.hexdigest()[:16]
 
 
 EXPECTED = Path(__file__).parent.parent / "docs" / "expected"

@@ -23,6 +23,7 @@ from common.pretrained import (
     load_autoencoder,
     load_unet,
     load_weights,
+    predicted,
     read_part,
 )
 from common.training import UserError, adamw, is_temporal
@@ -310,6 +311,90 @@ def test_a_folder_that_is_no_text_encoder(clip: Path, tmp_path: Path) -> None:
         TextEncoder(clip)(["a"])
 
 
+def test_an_encoder_without_tokenizer_or_without_weights(clip: Path) -> None:
+    weights = clip / "text_encoder" / "model.safetensors"
+    content = safetensors_torch().load_file(weights)
+    first = next(name for name in content if "layers.0" in name)
+    safetensors_torch().save_file({k: v for k, v in content.items() if k != first}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights of CLIP's text model are not in it"):
+        TextEncoder(clip)(["a"])
+    for file in (clip / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no tokenizer in it"):
+        TextEncoder(clip)
+
+
+def safetensors_torch():
+    return pytest.importorskip("safetensors.torch")
+
+
+def test_words_beyond_what_clip_reads_are_named(clip: Path, capsys: pytest.CaptureFixture) -> None:
+    TextEncoder(clip)(["a red car " * 40])
+    assert "left out, beyond the 77 tokens" in capsys.readouterr().err
+
+
+# %% What else people have under a checkpoint's name
+
+
+@pytest.mark.parametrize(("wrapper", "prefix"), [("model", "module."), ("state_dict", "_orig_mod."),
+                                                 ("module", "module._orig_mod.")])
+def test_names_as_training_programs_leave_them(single_file: Path, wrapper: str, prefix: str) -> None:
+    plain = read_part(single_file, "unet")
+    content = {prefix + name: value for name, value in torch.load(single_file)["state_dict"].items()}
+    torch.save({wrapper: content, "epoch": 3}, single_file)
+    assert read_part(single_file, "unet").keys() == plain.keys()
+
+
+@pytest.mark.parametrize(("begin", "what"), [(b"<!DOCTYPE html>", "is a web page"),
+                                             (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer")])
+def test_files_that_are_no_weights(tmp_path: Path, begin: bytes, what: str) -> None:
+    for name in ("a.ckpt", "a.safetensors"):
+        (tmp_path / name).write_bytes(begin)
+        with pytest.raises(UserError, match=what):
+            read_part(tmp_path / name, "unet")
+
+
+def test_models_of_another_kind_are_named(released: tuple[Path, Path]) -> None:
+    file, text = released
+    content = torch.load(file)["state_dict"]
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    torch.save({"state_dict": content | {first: torch.zeros(32, 9, 3, 3)}}, file)
+    with pytest.raises(UserError, match="not text to image but an inpainting model"):
+        StableDiffusion(str(file), TextEncoder(text), 64, 128)
+    torch.save({"lora_unet_down.weight": torch.zeros(3)}, file)
+    with pytest.raises(UserError, match="it looks like a LoRA"):
+        StableDiffusion(str(file), TextEncoder(text), 64, 128)
+
+
+def test_weights_that_are_not_finite_are_named(released: tuple[Path, Path]) -> None:
+    file, _ = released
+    content = torch.load(file)["state_dict"]
+    content["model.diffusion_model.out.2.bias"][0] = torch.nan
+    torch.save({"state_dict": content}, file)
+    with pytest.raises(UserError, match=r"out\.2\.bias has values that are not finite"):
+        load_unet(file)
+
+
+def test_a_folder_s_scheduler_and_scale_are_read(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "vae").mkdir()
+    said = {"prediction_type": "v_prediction", "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear"}
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(said))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
+    assert predicted(tmp_path, "") == predicted(tmp_path, "v") == "v"
+    with pytest.raises(UserError, match="says v"):
+        predicted(tmp_path, "eps")
+    path.write_text(json.dumps(said | {"beta_end": 0.02}))
+    with pytest.raises(UserError, match="other betas"):
+        predicted(tmp_path, "")
+    _, autoencoder = small()
+    torch.save(autoencoder.state_dict(), tmp_path / "vae" / "model.bin")
+    assert float(load_autoencoder(tmp_path).scale) == pytest.approx(0.13025)
+    assert float(load_autoencoder(tmp_path, 0.5).scale) == 0.5
+
+
 # %% Lessons 9 and 4 on a file of Stable Diffusion's layout
 
 
@@ -335,9 +420,14 @@ def test_lessons_9_and_4_train_and_sample_on_a_file(released: tuple[Path, Path],
     assert list((tmp_path / "out" / "captions").glob("*.pt"))  # every caption is encoded once
     lesson09.main([*flags, *texts, "--prompt", "a red car"])
     assert (tmp_path / "out" / "09_text_to_video-a-red-car" / "long.webp").exists()
+    flags[3] = str(file.rename(file.with_name("other.ckpt")))  # the same file under another name is the same backbone
+    lesson09.main([*flags, *texts, "--prompt", ""])
+    with pytest.raises(UserError, match="was trained with parameterization eps"):
+        lesson09.main([*flags, *texts, "--prompt", "a blue car", "--parameterization", "v"])
+    content = torch.load(flags[3])["state_dict"]
+    content["model.diffusion_model.out.2.bias"] += 1  # and another one under this name is another
+    torch.save({"state_dict": content}, flags[3])
     with pytest.raises(UserError, match="was trained with backbone"):
-        file.rename(file.with_name("other.ckpt"))
-        flags[3] = str(file.with_name("other.ckpt"))
         lesson09.main([*flags, *texts, "--prompt", "a blue car"])
 
 
