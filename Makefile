@@ -15,12 +15,22 @@ LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 0
 TEXT = 09_text_to_video 10_personalization 11_latent_upsampler
 PROMPT ?= a red car ahead on a left curve at night in the town
 
-.PHONY: install demo course text weights smoke test lint
+.PHONY: help install demo course text weights smoke test lint
+
+help:
+	@echo "make demo      a long video from the weights in checkpoints/, no training"
+	@echo "make course    train lessons 1 to 8 from nothing, or go on; make text: lessons 9 to 11"
+	@echo "make smoke     run all lessons for a moment; make test, make lint: the tests, the style"
+	@echo "make weights   train longer, and pack checkpoints/"
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml $(TORCH_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c $(TORCH_CONSTRAINTS) -e ".[video]"
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/pip install -q -c $(TORCH_CONSTRAINTS) -e ".[video,dev]"
 	touch $@
 
@@ -70,8 +80,8 @@ smoke: $(VENV)/installed
 	for lesson in $(LESSONS) 08_sample_long "02_image_ldm --condition text" $(TEXT); do \
 	  set -- $$lesson; script=$$1; shift; $(RUN) $$script.py --preset smoke $$@ || exit 1; done
 
-test: $(VENV)/installed
+test: $(VENV)/tested
 	$(RUN) -m pytest -q
 
-lint: $(VENV)/installed
+lint: $(VENV)/tested
 	$(VENV)/bin/ruff check .

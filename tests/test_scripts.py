@@ -24,7 +24,7 @@ TRAINED = [name for name in SCRIPTS if name != "08_sample_long"]
 
 
 def start(name: str, *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"{name}.py", "--threads", "2", *map(str, flags)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, f"{name}.py", "--threads", "1", *map(str, flags)], cwd=ROOT, text=True,
                           capture_output=True, timeout=900)  # fmt: skip
 
 
