@@ -28,7 +28,7 @@ from torch import nn
 
 from common.blocks import TemporalOptions, sinusoids
 from common.data import open_data
-from common.diffusion import Diffusion
+from common.diffusion import Diffusion, in_common
 from common.measures import flicker, psnr, restlessness, seam, sharpness
 from common.parallel import Share
 from common.pictures import animation, plot_metrics, sheet
@@ -188,16 +188,6 @@ def what_is_known(config: Config, diffusion: Diffusion, small: torch.Tensor,
     return enlarge(small / alpha), (0.08**2 + 0.4 * (sigma / alpha) ** 2).sqrt()
 
 
-def in_common(config: Config, noise: torch.Tensor, frames: int) -> torch.Tensor:
-    """Independent noise (b t) c h w to noise that frames have partly in common, of the same variance: with
-    --shared-noise rho, sqrt(rho) of the first frame's (Ge et al. 2023, "Preserve Your Own Correlation"). Frames that
-    see the same noise get the same grain, which then does not flicker."""
-    noise = rearrange(noise, "(b t) c h w -> b t c h w", t=frames)
-    first, rho = noise[:, :1], config.shared_noise
-    mixed = torch.cat([first, rho**0.5 * first + (1 - rho) ** 0.5 * noise[:, 1:]], dim=1)
-    return rearrange(mixed, "b t c h w -> (b t) c h w")
-
-
 def cut_from(share: Share) -> tuple[list[int], list[int]]:
     """Four patches are cut from each clip: the numbers of the clips a share needs, and which of them each patch has."""
     clips = -(-share.batch // 4)
@@ -282,7 +272,7 @@ def upsampling_loss(run: Run, config: Config, source, network: Callable, share: 
     small = diffusion.diffuse(small, share.normal(small.shape), level.repeat_interleave(t))
     mu, s = what_is_known(config, diffusion, small, level.repeat_interleave(t))
     x = (x - mu) / s
-    eps = in_common(config, share.normal(x.shape), t)
+    eps = in_common(share.normal(x.shape), t, config.shared_noise)
     x_tau = diffusion.diffuse(x, eps, tau.repeat_interleave(t))
     with run.autocast():
         output = network(x_tau, tau, small, level, frames).float()
@@ -319,7 +309,7 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
             noise = torch.randn(t, 3, *(SCALE * side for side in part.shape[-2:]), generator=draw).to(run.device)
             if config.shared_noise:
                 noise[0] = first = noise[0] if first is None else first  # all portions have it in common
-            noise = in_common(config, noise, t)
+            noise = in_common(noise, t, config.shared_noise)
             clamp = None if config.residual else 1.0
             large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, clamp, label, config.power)
             yield (mu + s * large).clamp(-1, 1).cpu(), new

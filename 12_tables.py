@@ -228,7 +228,8 @@ class World:
         run = Run("readers", dataclasses.replace(self.config, out=str(self.config.folder()), resume=True))
         kept, reader = CHECKPOINTS / "readers" / file, kind()
         if self.config.preset != "tables" or (run.folder / file).exists() or not kept.exists():
-            return train_reader(run, reader, self.config.reader_steps, *READER_SIZE, file)
+            longer = 3 if kind is ClipReader else 1  # time takes longer to learn to read
+            return train_reader(run, reader, longer * self.config.reader_steps, *READER_SIZE, file)
         print(f"{run.folder} has no {file}: using {kept}")
         load_part(reader, load_checkpoint(kept, "git checkout checkpoints")["reader"], kept)
         return channels_last(reader).to(run.device).requires_grad_(False).eval()

@@ -121,6 +121,17 @@ class Diffusion:
         return losses
 
 
+def in_common(noise: torch.Tensor, frames: int, rho: float) -> torch.Tensor:
+    """Independent noise (b t) c h w to noise of which the frames of a clip have the part rho of the variance in common
+    (Ge et al. 2023, "Preserve Your Own Correlation"). What a network leaves of it is then alike in all frames, and does
+    not boil."""
+    if not rho:
+        return noise
+    noise = noise.unflatten(0, (-1, frames))
+    first = noise[:, :1]
+    return torch.cat([first, rho**0.5 * first + (1 - rho) ** 0.5 * noise[:, 1:]], dim=1).flatten(0, 1)
+
+
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """u + s (c - u): classifier-free guidance, and with the context as condition Eq. (4), context guidance."""
     return unconditional + scale * (conditional - unconditional)
