@@ -42,7 +42,6 @@ from common.training import (
     Run,
     SamplingSteps,
     TrainingConfig,
-    UserError,
     Whole,
     adamw,
     check_lineage,
@@ -378,8 +377,6 @@ def variant_of(config: Config) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
-    if len(config.context_shares) != 3 or min(config.context_shares) < 0 or sum(config.context_shares) <= 0:
-        raise UserError("--context-shares wants three numbers, not negative: the shares of S = 0, 1 and 2")
     if config.dry_run:
         image = lesson02.planned(config, "pixel" if config.pixel else "")
         with torch.device("meta"):

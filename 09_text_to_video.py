@@ -44,7 +44,7 @@ from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
 from common.parallel import whole
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import SHAPES, StableDiffusion, TextEncoder, frame_size, inspect
+from common.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, frame_size, inspect
 from common.training import (
     EMA,
     Amount,
@@ -142,8 +142,8 @@ PRESETS: dict[str, dict] = {
 # %% The backbone: lesson 2's text-to-image model, or Stable Diffusion from a file
 
 
-def open_backbone(run: Run, config, keep_captions: bool = True) -> ImageModel:
-    """The frozen text-to-image model of this lesson's configuration, or of lesson 10's or 11's."""
+def open_backbone(run: Run, config, keep_captions: bool = True, upscaler: bool = False) -> ImageModel:
+    """The frozen text-to-image model of this lesson's configuration, or of lesson 10's; lesson 11's upscaler."""
     if not config.backbone:
         return lesson02.load(run, "text")
     text = None
@@ -151,8 +151,11 @@ def open_backbone(run: Run, config, keep_captions: bool = True) -> ImageModel:
         if not config.text_encoder:
             raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
         text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions" if keep_captions else None)
-    return StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
-                           config.ema)
+    image = StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
+                            config.ema)
+    if not upscaler:
+        check_text_to_image(image)
+    return image
 
 
 def planned(config) -> ImageModel:

@@ -143,7 +143,7 @@ PRESETS: dict[str, dict] = {
 
 
 def open_image(run: Run, config: Config) -> ImageModel:
-    image = lesson09.open_backbone(run, config, config.keep_captions)
+    image = lesson09.open_backbone(run, config, config.keep_captions, upscaler=True)
     if config.backbone:
         check_backbone(config, image)
         image.autoencoder.scale.fill_(LATENT_SCALE)

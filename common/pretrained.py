@@ -528,6 +528,15 @@ def predicted(path: Path, asked: str) -> str:
     return asked or named or "eps"
 
 
+def check_text_to_image(image: "StableDiffusion") -> None:
+    """Raises UserError for a U-Net that takes or gives more than latents of frames."""
+    found = image.architecture
+    channels = found["in_channels"], found["out_channels"]
+    if channels != (4, 4) or found.get("label_classes") or found.get("temporal"):
+        what = kind(image.weights) or f"a network of {channels[0]} input channels"
+        raise UserError(f"--backbone {image.path}: not text to image but {what}")
+
+
 class StableDiffusion(ImageModel):
     """Stable Diffusion 1.x or 2.x, with all that lessons ask of an ImageModel. Frozen.
 
@@ -546,10 +555,6 @@ class StableDiffusion(ImageModel):
         if self.architecture is None:
             self.weights = read_part(path, "unet", ema)
             self.architecture = architecture(self.weights, path)
-            found = self.architecture
-            if (found["in_channels"], found["out_channels"]) != (4, 4) or found["label_classes"] or found["temporal"]:
-                what = kind(self.weights) or f"a network of {found['in_channels']} input channels"
-                raise UserError(f"--backbone {path}: not text to image but {what}")
             self.autoencoder = load_autoencoder(path)
             self.coder = autoencoder_architecture(self.autoencoder.state_dict(), path)
         else:

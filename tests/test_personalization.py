@@ -169,6 +169,7 @@ def test_spatial_layers_read_the_token_and_temporal_ones_do_not(course: Path) ->
 
 def test_a_text_encoder_of_stable_diffusion_is_tuned_as_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1}')
+    (tmp_path / "tokenizer.json").write_text("{}")
 
     def model(self: TextEncoder) -> None:
         self.model = nn.Linear(8, 8).requires_grad_(False)

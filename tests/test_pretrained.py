@@ -17,6 +17,7 @@ from common.pretrained import (
     TextEncoder,
     architecture,
     autoencoder_architecture,
+    check_text_to_image,
     from_diffusers_autoencoder,
     from_diffusers_unet,
     inspect,
@@ -360,7 +361,7 @@ def test_models_of_another_kind_are_named(released: tuple[Path, Path]) -> None:
     first = "model.diffusion_model.input_blocks.0.0.weight"
     torch.save({"state_dict": content | {first: torch.zeros(32, 9, 3, 3)}}, file)
     with pytest.raises(UserError, match="not text to image but an inpainting model"):
-        StableDiffusion(str(file), TextEncoder(text), 64, 128)
+        check_text_to_image(StableDiffusion(str(file), TextEncoder(text), 64, 128))
     torch.save({"lora_unet_down.weight": torch.zeros(3)}, file)
     with pytest.raises(UserError, match="it looks like a LoRA"):
         StableDiffusion(str(file), TextEncoder(text), 64, 128)

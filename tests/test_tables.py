@@ -279,7 +279,7 @@ def test_render_writes_the_same_text_again(measured: Path) -> None:
     [
         (("--table", "nonsense"), "there is checks"),
         (("--samples", "10"), "needs more clips"),
-        (("--rollouts", "64"), "needs more clips"),
+        (("--rollouts", "48"), "needs more clips"),
         (("--data", "somewhere"), "go with --protocol"),
         (("--detector", "none.pt"), "add --frames 16"),
         (("--preset", "smoke", "--detector", "none.pt", "--frames", "16"), "not a readable"),
