@@ -5,7 +5,7 @@ codebook), a patch discriminator joining late. Then a U-Net that denoises latent
 cross-attention on labels (night, number of cars), on boxes, or on text; the condition is dropped at p_drop, so that one
 model samples with, without and with guided conditions.
 
-  python 02_image_ldm.py                        12 minutes on 2 cores
+  python 02_image_ldm.py                        17 minutes on 2 cores
   python 02_image_ldm.py --condition boxes      the variant that draws a scene from boxes; shares the autoencoder
   python 02_image_ldm.py --condition boxes --sample-boxes boxes.json
   python 02_image_ldm.py --condition text       the variant that reads captions, with the target (eps) and the betas of

@@ -8,7 +8,7 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
 Two things are ours. The latents that the decoder will be given are generated, and jitter: in training they get a little
 noise, which a decoder that sees several frames can average away. And frame-to-frame differences are weighed as such.
 
-  python 04_decoder_finetune.py                         4 minutes on 2 cores
+  python 04_decoder_finetune.py                         7 minutes on 2 cores
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
@@ -39,7 +39,7 @@ from common.data import open_data
 from common.measures import flicker, psnr, restlessness, seam
 from common.metrics import FrameReader, train_reader
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import StableDiffusion, frame_size
+from common.pretrained import StableDiffusion
 from common.training import (
     EMA,
     Amount,
@@ -400,8 +400,6 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
-    if config.backbone:
-        config.size = frame_size(config.size)
     if config.dry_run:
         with torch.device("meta"):
             image = (StableDiffusion(config.backbone, None, *config.size, device="meta") if config.backbone else

@@ -7,7 +7,7 @@ level. (The cpu preset has lower levels, and diffuses what bilinear enlargement 
 upsampler is trained, on patches; then its spatial layers are frozen and temporal layers trained on clips of patches,
 the same patch in every frame. Being convolutional it is applied to whole frames, in portions of 8.
 
-  python 07_upsampler.py          3.5 minutes on 2 cores
+  python 07_upsampler.py          5.5 minutes on 2 cores
 
 Expect of the shipped weights, trained longer than this preset: 5 dB above bilinear enlargement, flicker a quarter below
 the image upsampler's, and 3.6 times the restlessness of real clips, where 2 is the goal.

@@ -44,7 +44,7 @@ from common.measures import colour_change, motion
 from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
 from common.parallel import whole
 from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, frame_size, inspect
+from common.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, inspect
 from common.training import (
     EMA,
     Amount,
@@ -151,7 +151,7 @@ def open_backbone(run: Run, config, keep_captions: bool = True, upscaler: bool =
         if not config.text_encoder:
             raise UserError("--backbone also needs --text-encoder FOLDER, with its CLIP text model and tokenizer")
         text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions" if keep_captions else None)
-    image = StableDiffusion(config.backbone, text, *frame_size(config.size), config.parameterization, run.device,
+    image = StableDiffusion(config.backbone, text, *config.size, config.parameterization, run.device,
                             config.ema)
     if not upscaler:
         check_text_to_image(image)
@@ -163,7 +163,7 @@ def planned(config) -> ImageModel:
     if not config.backbone:
         return lesson02.planned(config, "text")
     with torch.device("meta"):
-        return StableDiffusion(config.backbone, None, *frame_size(config.size), device="meta")
+        return StableDiffusion(config.backbone, None, *config.size, device="meta")
 
 
 def train_spatial(run: Run, config: Config, source, image) -> None:

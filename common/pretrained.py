@@ -56,7 +56,10 @@ NOT_WEIGHTS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointe
 def read_file(path: Path) -> Weights:
     """Every tensor of a .safetensors or torch file. UserError for one that is broken or holds code."""
     try:
-        begin = path.open("rb").read(32) if path.is_file() else b""
+        begin = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                begin = file.read(32)
         for mark, what in NOT_WEIGHTS.items():
             if begin.lstrip().startswith(mark):
                 raise UserError(f"{path} is {what}: download it again")
@@ -506,13 +509,6 @@ class Frozen:
     p_drop: float = 0.1  # of captions in training; not in the paper, and what Stable Diffusion was trained with
     pixel: bool = False
     condition: str = "text"
-
-
-def frame_size(size: tuple[int, ...]) -> tuple[int, int]:
-    """--size as height and width."""
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"--size {' '.join(map(str, size))}: give height and width")
-    return size[0], size[1]
 
 
 def predicted(path: Path, asked: str) -> str:
