@@ -6,7 +6,7 @@ Rows that are already in the results file are skipped, so an interrupted run goe
   python 12_tables.py                                     all tables, three seeds: 4 hours without those of lesson 9
   python 12_tables.py --table ablations --seeds 0         one table, one seed
   python 12_tables.py --threads 1 --seeds 0 & python 12_tables.py --threads 1 --seeds 1     side by side
-  python 12_tables.py --render                            only writes tables.md, the figures and the README's section
+  python 12_tables.py --render                            only writes tables.md and the figures
   python 12_tables.py --detector i3d.pt                   real FVD (or FID) by the paper's protocol, with your file
   python 12_tables.py --protocol ucf101 --data REAL --generated OURS --detector i3d.pt
   python 12_tables.py --protocol msrvtt --generated OURS --clip FOLDER
@@ -108,7 +108,7 @@ class Config(BaseConfig):
     table: tuple[str, ...] = ()  # names of tables; none: all
     seeds: tuple[Whole, ...] = (0, 1, 2)  # every row is trained and measured once with each
     results: str = "results"  # folder of tables.json, tables.md and the figures
-    render: bool = False  # compute nothing; write tables.md, figures and the README's section from tables.json
+    render: bool = False  # compute nothing; write tables.md and figures from tables.json
     detector: str = "toy"  # "toy", or a TorchScript I3D or Inception
     clip: str = ""  # folder of a CLIP model, instead of the small one trained here
     protocol: Literal["", "ucf101", "msrvtt"] = ""  # judge folders of videos as the paper's Tables 4 and 5 do
@@ -1054,7 +1054,7 @@ def self_checks(records: list[dict]) -> list[tuple[str, bool]]:
     return found
 
 
-# %% Writing: tables.md, figures, the README's section
+# %% Writing: tables.md and figures
 
 
 def mean_and_deviation(values: dict[int, float]) -> str:
@@ -1084,6 +1084,7 @@ def markdown(results: dict) -> str:
             if any(cells) or not row.measure:
                 lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {row.paper} |")
         lines += ["", *(f"- {sentence}" for sentence in sentences(records, name, rows, verdicts)), ""]
+        lines += [f"![{title}]({name}.png)", ""]
     return "\n".join(lines)
 
 
@@ -1106,18 +1107,22 @@ def sentences(records: list[dict], table: str, rows: list[Row], verdicts: list[V
             yield f"{said}: " + ", ".join(f"{m} {v}" for m, v in values.items()) + "."
 
 
+def verdict(records: list[dict]) -> str:
+    """The README's sentence: how many claims hold."""
+    seeds, verdicts = {r["seed"] for r in records}, judge(records)
+    if len(seeds) < 3:
+        return f"**Only {len(seeds)} of 3 seeds so far, so nothing is judged yet.**"
+    orderings, equivalences = ([v.holds for v in verdicts if v.claim.equal == equal] for equal in (False, True))
+    return (f"Of the paper's orderings {sum(orderings)} of {len(orderings)} hold here, of its equivalences "
+            f"{sum(equivalences)} of {len(equivalences)}.")
+
+
 def summary(results: dict) -> str:
-    """The README's section: what was found, claim by claim, and the tables."""
+    """tables.md: what was found, claim by claim, and the tables."""
     verdicts = judge(results["records"])
-    kinds = [[v for v in verdicts if v.claim.equal == equal] for equal in (False, True)]
-    held = [sum(v.holds for v in kind) for kind in kinds]
-    seeds = sorted({r["seed"] for r in results["records"]})
-    few = "" if len(seeds) >= 3 else f"**Only {len(seeds)} of 3 seeds so far, so nothing is judged yet.** "
-    counts = "" if few else (
-        f"Of the paper's orderings {held[0]} of {len(kinds[0])} hold here, of its equivalences {held[1]} of "
-        f"{len(kinds[1])}. ")
     lines = [
-        f"{few}{counts}An ordering holds when the paired difference has the same sign in every seed and exceeds "
+        "# Does each piece matter?", "",
+        f"{verdict(results['records'])} An ordering holds when the paired difference has the same sign in every seed and exceeds "
         "twice its standard error; an equivalence, when the difference is smaller than the distance of real clips from "
         "other real clips. toy-FVD and toy-FID are distances in features of small networks trained here; they rank the "
         "rows of a table and cannot be compared with published numbers.", "",
@@ -1139,21 +1144,12 @@ def summary(results: dict) -> str:
     return "\n".join([*lines, "", checked, "", markdown(results)])
 
 
-BEGIN, END = "<!-- results: written by 12_tables.py --render -->\n", "<!-- end of results -->"
-README = Path(__file__).parent / "README.md"
-
-
 def render(config: Config, results: dict) -> None:
-    """tables.md and figures; for the committed results also the README's section."""
+    """tables.md and figures."""
     folder = Path(config.results)
-    text = summary(results)
-    write_text(folder / "tables.md", text + "\n")
+    write_text(folder / "tables.md", summary(results) + "\n")
     for name, (title, rows) in TABLES.items():
         draw_table(results["records"], name, title, rows, folder)
-    readme = README.read_text() if README.exists() else ""
-    if folder.resolve() == (README.parent / "results").resolve() and BEGIN in readme:
-        before, rest = readme.split(BEGIN)
-        write_text(README, before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1])
     print(f"written: {folder}/tables.md and its figures")
 
 

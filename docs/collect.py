@@ -1,11 +1,11 @@
-"""Copies numbers and pictures of finished runs into docs/ and writes the README's table of numbers from them.
+"""Copies numbers and pictures of finished runs into docs/ and writes docs/numbers.md from them.
 
 python docs/collect.py runs/cpu-driving driving
 python docs/collect.py runs/cpu-dashcam real
 python docs/collect.py runs/cpu-driving text     what `make text` adds: lessons 9 to 11 and their backbone
 python docs/collect.py runs/demo demo            only pictures, of what `make demo` wrote
 python docs/collect.py runs/cpu-driving expected  writes the known-good values, docs/expected/NN.csv
-python docs/collect.py                           only rewrites the README from docs/numbers/*.json
+python docs/collect.py                           only rewrites docs/numbers.md from docs/numbers/*.json
 """
 
 import csv
@@ -19,8 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
-BEGIN, END = "<!-- numbers: written by docs/collect.py -->\n", "<!-- end of numbers -->"
+TARGET = DOCS / "numbers.md"
 LIMIT = 300_000  # bytes of a picture
 TITLES = {"driving": "On the procedural scenes", "text": "Text to video, personalization, latent upsampler",
           "real": "On real dashcam clips"}
@@ -84,8 +83,8 @@ SHOWN = {
     "06_interpolation": ("middle_frames.png", "two_passes.gif", "copy_error-1.png"),
     "07_upsampler": ("upsampled.png",),
     "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
-    "09_text_to_video": ("captions.png", "captions.gif", "app_d.png", "app_d_wide.png"),
-    "10_personalization": ("instances.png", "videos.png", "personalised.gif"),
+    "09_text_to_video": ("captions.png", "app_d.png", "app_d_wide.png"),
+    "10_personalization": ("instances.png", "videos.png"),
     "11_latent_upsampler": ("upsampled.png",),
 }
 DEMO = {"08_sample_long": {"long.webp": "08_small.webp", "long-large.webp": "08_long.webp",
@@ -144,12 +143,13 @@ def write_expected(out: Path) -> None:
 
 
 def render() -> str:
-    text = ""
+    text = ("# What was measured\n\nEvery number that a lesson reports, beside its goal. The command above each table gives it. "
+            "Written by docs/collect.py.\n")
     for name, title in TITLES.items():
         path = DOCS / "numbers" / f"{name}.json"
         if not path.exists():
             continue
-        text += f"\n### {title}\n"
+        text += f"\n## {title}\n"
         for lesson, content in json.loads(path.read_text()).items():
             goals = [number["met"] for number in content["numbers"].values() if number["goal"]]
             met = f": {sum(goals)} of {len(goals)} goals met" if goals else ""
@@ -160,7 +160,7 @@ def render() -> str:
                 verdict = "" if not number["goal"] else "met" if number["met"] else "**missed**"
                 text += f"| {label} | {value} | {number['goal']} | {verdict} |\n"
             text += "\n</details>\n"
-    return text + "\n"
+    return text
 
 
 def main(argv: list[str]) -> None:
@@ -173,8 +173,7 @@ def main(argv: list[str]) -> None:
         return
     if argv:
         collect(Path(argv[0]), argv[1])
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + render() + END + rest.split(END)[1])
+    TARGET.write_text(render())
 
 
 if __name__ == "__main__":

@@ -1,25 +1,40 @@
-"""The README says what the files say."""
+"""README and docs/ say what the files say."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
 def test_the_table_of_numbers_is_the_one_collected() -> None:
     scope: dict = {"__file__": str(ROOT / "docs" / "collect.py"), "__name__": "collect"}
     exec((ROOT / "docs" / "collect.py").read_text(), scope)  # docs/ is no package
-    assert scope["BEGIN"] + scope["render"]() + scope["END"] in README
+    assert scope["render"]() == scope["TARGET"].read_text()
 
 
-def test_files_and_names_in_the_readme_exist() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
-    for path, names in re.findall(r"`((?:common/)?\w+\.py): ([\w, ]+)`", README):
-        text = (ROOT / path).read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_in_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in LINK.findall(text):
+        assert (page.parent / link).exists(), link
+    for path, names in re.findall(r"`((?:\w+/)?\w+\.py): ([\w, ]+)`", text):
+        code = (ROOT / path).read_text()
         for name in names.split(", "):
-            assert re.search(rf"(def|class) {name}\b", text), f"{path}: {name}"
+            assert re.search(rf"(def|class) {name}\b", code), f"{path}: {name}"
+
+
+def test_every_page_and_picture_is_linked() -> None:
+    linked = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(page.read_text())}
+    for path in (*PAGES[1:], *(ROOT / "docs" / "figures").iterdir(), *(ROOT / "results").glob("*.png")):
+        assert path.resolve() in linked, f"no page links to {path.relative_to(ROOT)}"
+
+
+def test_the_readme_is_read_to_its_end() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
 
 
 def test_figures_are_small() -> None:
