@@ -268,7 +268,7 @@ def upsampling_loss(run: Run, config: Config, source, network: Callable, share: 
     tau, t = share.integers(diffusion.steps), x.shape[1]
     x = rearrange(x, "b t c h w -> (b t) c h w")
     small = shrink(x)
-    # Noise augmentation: the *small* frames are diffused to `level` (Eq. 5 prints the large x there; see docs/paper_to_code.md)
+    # Noise augmentation: the *small* frames are diffused to `level` (Eq. 5 prints the large x there)
     small = diffusion.diffuse(small, share.normal(small.shape), level.repeat_interleave(t))
     mu, s = what_is_known(config, diffusion, small, level.repeat_interleave(t))
     x = (x - mu) / s

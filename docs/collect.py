@@ -143,8 +143,8 @@ def write_expected(out: Path) -> None:
 
 
 def render() -> str:
-    text = ("# What was measured\n\nEvery number that a lesson reports, beside its goal. The command above each table gives it. "
-            "Written by docs/collect.py.\n")
+    text = ("# What was measured\n\nEvery number that a lesson reports, beside its goal. The command above each table "
+            "gives it. Written by docs/collect.py.\n")
     for name, title in TITLES.items():
         path = DOCS / "numbers" / f"{name}.json"
         if not path.exists():

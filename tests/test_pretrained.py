@@ -457,7 +457,7 @@ def test_half_the_work_is_recomputed_with_the_same_gradients(released: tuple[Pat
 @slow
 @pytest.mark.parametrize("shape", ["sd1", "sd2"])
 def test_one_training_step_at_full_size(shape: str) -> None:
-    """Random weights, 8 frames of 320 x 512, bfloat16, checkpointing; prints time and memory for docs/stable_diffusion.md."""
+    """Random weights, 8 frames of 320 x 512, bfloat16, checkpointing; prints time and memory."""
     frames, device = 8, "cuda" if torch.cuda.is_available() else "cpu"
     width = SHAPES[shape]["context_dim"]
     torch.manual_seed(0)
