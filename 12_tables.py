@@ -1123,9 +1123,9 @@ def summary(results: dict) -> str:
     lines = [
         "# Does each piece matter?", "",
         f"{verdict(results['records'])} An ordering holds when the paired difference has the same sign in every seed "
-        "and exceeds twice its standard error; an equivalence, when the difference is smaller than the distance of real "
-        "clips from other real clips. toy-FVD and toy-FID are distances in features of small networks trained here; they rank the "
-        "rows of a table and cannot be compared with published numbers.", "",
+        "and exceeds twice its standard error; an equivalence, when the difference is smaller than the distance of "
+        "real clips from other real clips. toy-FVD and toy-FID are distances in features of small networks trained "
+        "here; they rank the rows of a table and cannot be compared with published numbers.", "",
         "| claim | difference over the seeds | paper | |", "| --- | --- | --- | --- |",
     ]
     failed = [statement for statement, good in self_checks(results["records"]) if not good]
