@@ -35,26 +35,13 @@ from torch import Tensor, nn
 
 from common.blocks import sinusoids
 from common.diffusion import Diffusion
-from common.training import (
-    EMA,
-    BaseConfig,
-    Count,
-    Fraction,
-    Rate,
-    Run,
-    SamplingSteps,
-    Whole,
-    adamw,
-    cli,
-    clip_and_warm_up,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
-    load_part,
-    parse,
-    training_loop,
-)
+from common.loop import EMA, adamw, clip_and_warm_up, load_part, training_loop
+from common.temporal import is_temporal
+from extra.plan import dry_run
+from kit.errors import cli
+from kit.files import load_checkpoint
+from kit.flags import BaseConfig, Count, Fraction, Rate, SamplingSteps, Whole, parse
+from kit.run import Run, known_good
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)

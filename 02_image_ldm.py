@@ -31,16 +31,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.autoencoder import Autoencoder
-from common.data import Clips, open_data
+from common.blocks import channels_last
 from common.diffusion import guided
-from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions
-from common.latents import with_latents
-from common.measures import box_mask, psnr
-from common.parallel import average
-from common.pictures import plot_metrics, sheet
-from common.scenes import MAX_CARS
-from common.training import (
-    EMA,
+from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions, planned_input
+from common.loop import EMA, Learner, clip_and_warm_up, load_part, training_loop
+from extra.latents import with_latents
+from extra.plan import dry_run, training_cost
+from kit.data import HELD_OUT, Clips, Source, open_data
+from kit.errors import UserError, cli
+from kit.files import check_lineage, config_of
+from kit.flags import (
     Amount,
     BaseConfig,
     Beta,
@@ -48,31 +48,19 @@ from common.training import (
     Factor,
     Fraction,
     Rate,
-    Run,
     SamplingSteps,
     TrainingConfig,
-    UserError,
     Whole,
-    adamw,
-    channels_last,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    dry_run,
-    known_good,
-    load_checkpoint,
-    load_part,
-    one_process,
     parse,
     preset_config,
-    training_cost,
-    training_loop,
 )
+from kit.measures import box_mask, psnr
+from kit.parallel import average
+from kit.pictures import plot_metrics, sheet
+from kit.run import Run, known_good, one_process
+from kit.scenes import MAX_CARS
 
 NAME = "02_image_ldm"
-HELD_OUT = 1_000_000_000  # keys of held-out batches begin here
 
 
 # %% Config
@@ -184,41 +172,29 @@ def planned(config: BaseConfig, variant: str = "") -> ImageModel:
         return ImageModel(image, "meta")
 
 
-def planned_input(image: ImageModel, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Latents of a clip, its diffusion time and its context, on the meta device."""
-    with torch.device("meta"):
-        tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[image.config.condition]
-        context = torch.zeros(1, tokens, image.config.context_dim) if tokens else None
-        return torch.zeros(frames, *image.shape), torch.zeros(1), context
-
-
 def load(run: Run, variant: str = "") -> ImageModel:
     """The trained model (averaged weights) from OUT, checked against this run and against its autoencoder."""
-    name = f"{NAME}-{variant}" if variant else NAME
     flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
-    remedy = command(NAME, run.config, *flags)
-    path = run.built_on(name) / "checkpoint.pt"
-    content = load_checkpoint(path, remedy)
+    content = run.trained(NAME, {"data": run.config.data_name()}, variant=variant, flags=flags)
     model = ImageModel(config_of(Config, content), run.device)
-    check_lineage({"lineage": content["lineage"]}, {"data": run.config.data_name()}, path, remedy)
+    model.autocast = run.autocast
     if model.autoencoder is not None:
-        load_autoencoder(run, model.autoencoder, command(NAME, run.config))
-        model.autoencoder.requires_grad_(False).eval()
-    check_lineage(content, model.lineage, path, remedy)
+        load_autoencoder(run, model.autoencoder)
+    check_lineage(content, model.lineage)  # trained on this very autoencoder's latents
     shadow = content["ema"]["shadow"]
     model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
     conditioner = {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")}
-    load_part(model.conditioner, conditioner, path)
+    load_part(model.conditioner, conditioner, content["path"])
     model.conditioner.requires_grad_(False)
     return model
 
 
-def load_autoencoder(run: Run, autoencoder: Autoencoder, remedy: str) -> None:
-    """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it)."""
-    path = run.built_on(NAME) / "autoencoder.pt"
-    content = load_checkpoint(path, remedy)
-    load_part(autoencoder, content["ema"]["shadow"], path)
+def load_autoencoder(run: Run, autoencoder: Autoencoder) -> None:
+    """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it); frozen from here on."""
+    content = run.trained(NAME, file="autoencoder.pt")
+    load_part(autoencoder, content["ema"]["shadow"], content["path"])
     autoencoder.scale.fill_(content.get("latent_scale", 1.0))
+    autoencoder.requires_grad_(False).eval()
 
 
 # %% Training the autoencoder: L1, KL, and a patch discriminator that joins late
@@ -253,7 +229,7 @@ def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer:
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def train_autoencoder(run: Run, config: Config, source) -> None:
+def train_autoencoder(run: Run, config: Config, source: Source) -> None:
     """Trains E and D on single frames, then measures the latent scale and keeps it in the checkpoint."""
     torch.manual_seed(config.seed)  # initial weights
     autoencoder = channels_last(build_autoencoder(config)).to(run.device)
@@ -305,7 +281,7 @@ def train_autoencoder(run: Run, config: Config, source) -> None:
 
 
 @torch.no_grad()
-def measure_scale(run: Run, config: Config, autoencoder: Autoencoder, source) -> float:
+def measure_scale(run: Run, config: Config, autoencoder: Autoencoder, source: Source) -> float:
     """1 / standard deviation of the latents of some training frames."""
     x = source.clips((config.seed, 1), 8 * config.ae_batch, 1, config.final_fps).video[:, 0].to(run.device)
     with run.autocast():
@@ -327,43 +303,38 @@ class Conditioned(nn.Module):
         return self.unet(x, tau, self.conditioner(clips, drop))
 
 
-def train_unet(run: Run, config: Config, source, image: ImageModel) -> tuple[nn.Module, EMA]:
+def train_unet(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed + 1)  # initial weights
     source = with_latents(run, source, image)
     conditioner = Conditioner(config.condition, config.context_dim, config.fusion_layers).to(run.device)
     model = Conditioned(image.unet(), conditioner)
-    network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
-    parts = {"model": model, "optimizer": optimizer, "ema": ema}
+    learner = Learner(run, model, config)
     diffusion = image.diffusion
-    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+    for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "diffusion", step):
             clips = source.clips((config.seed, 2, step), share.rows, 1, config.final_fps)
-            with run.autocast():
-                x = image.encode(clips.video)  # b c h w
+            x = image.encode(clips.video)  # b c h w
             tau = share.integers(diffusion.steps)
             drop = share.uniform() < config.p_drop
             eps = share.normal(x.shape)
             x_tau = diffusion.diffuse(x, eps, tau)
             with run.autocast():
-                output = network(x_tau, tau, clips, drop).float()
+                output = learner.network(x_tau, tau, clips, drop).float()
             loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    return model, ema
+        learner.step(step)
+    return model, learner.ema
 
 
-def train(run: Run, config: Config, source, variant: str) -> tuple[ImageModel, nn.Module, EMA]:
+def train(run: Run, config: Config, source: Source, variant: str) -> tuple[ImageModel, nn.Module, EMA]:
     """Both trainings. A variant shares the autoencoder of 02_image_ldm; pixels need none."""
     image = ImageModel(config, run.device)
+    image.autocast = run.autocast
     if not config.pixel:
         if not variant and config.ae_steps:
             train_autoencoder(run, config, source)
-        load_autoencoder(run, image.autoencoder, command(NAME, config))
-        image.autoencoder.requires_grad_(False).eval()
+        load_autoencoder(run, image.autoencoder)
     return image, *train_unet(run, config, source, image)
 
 
@@ -378,13 +349,9 @@ def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: fl
     nothing = image.conditioner(clips, torch.ones(count, dtype=torch.bool))
 
     def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return guided(unet, x, tau, [context], [nothing], 1 if context is None else guidance)
+        return guided(unet, x, tau, [context], [nothing], 1 if context is None else guidance)
 
-    noise = run.noise((count, *image.shape), "sample", *key)
-    return image.diffusion.ddim(
-        predict, noise, steps, eta, run.generator("ddim", *key), clamp=1.0 if image.config.pixel else None, label=label
-    )
+    return image.sample(run, predict, run.noise((count, *image.shape), "sample", *key), steps, eta, *key, label=label)
 
 
 def read_boxes(path: str) -> list:
@@ -414,7 +381,7 @@ def read_boxes(path: str) -> list:
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Module, ema: EMA) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, model: nn.Module, ema: EMA) -> None:
     held_out = source.clips((config.seed, HELD_OUT), 4 * config.samples, 1, config.final_fps, "held-out")
     with run.autocast():
         z = image.encode(held_out.video)
@@ -445,14 +412,13 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, model: nn.Modu
             z = sample_images(
                 model.unet, image, wanted, config.guidance, run, config.ddim_steps, config.eta, row, label="samples"
             )
-            with run.autocast():
-                pictures.append(image.decode(z)[:, 0])
+            pictures.append(image.decode(z)[:, 0])
     sheet(pictures, run.folder / "samples.png")
     plot_metrics(run.folder / "metrics.csv", ["loss"], "image diffusion")
     print(f"pictures: {run.folder}/samples.png" + ("" if config.pixel else ", reconstructions.png"))
 
 
-def wanted_rows(config: Config, source, held_out: Clips) -> list[Clips]:
+def wanted_rows(config: Config, source: Source, held_out: Clips) -> list[Clips]:
     """Conditions for samples.png: by day, by night with two cars, crowded; or those of held-out frames."""
     count = max(1, config.samples // 2)
     if config.condition == "labels" and source.labelled:
@@ -468,8 +434,7 @@ def draw_boxes(run: Run, config: Config) -> None:
     image = load(run, "boxes")
     z = sample_images(image.unet(), image, conditions(1, boxes=boxes), config.guidance, run, config.ddim_steps,
                       config.eta, "boxes", label="boxes")
-    with run.autocast():
-        frame = image.decode(z)[0]
+    frame = image.decode(z)[0]
     sheet([frame], run.folder / "from_boxes.png", gap=0)
     print(
         f"pictures: {run.folder}/from_boxes.png; continue it with: "

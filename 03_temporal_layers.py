@@ -25,36 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.blocks import TemporalOptions
-from common.data import Clips, open_data
 from common.diffusion import guided
-from common.image_model import conditions
-from common.latents import with_latents
-from common.measures import colour_change, motion
-from common.pictures import animation, plot_metrics, plt, save_figure, sheet
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    Rate,
-    Run,
-    SamplingSteps,
-    TrainingConfig,
-    UserError,
-    Whole,
-    adamw,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    dry_run,
-    known_good,
-    load_checkpoint,
-    parse,
-    training_cost,
-    training_loop,
-)
+from common.image_model import ImageModel, conditions, planned_input
+from common.loop import EMA, Learner, training_loop
+from common.temporal import TemporalOptions, alphas_of, train_temporal_only
+from extra.latents import with_latents
+from extra.plan import dry_run, training_cost
+from kit.data import HELD_OUT, Clips, Source, open_data
+from kit.errors import cli
+from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, TrainingConfig, Whole, parse
+from kit.measures import colour_change, motion
+from kit.pictures import animation, plot_metrics, plt, save_figure, sheet
+from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
 NAME = "03_temporal_layers"
@@ -97,80 +79,41 @@ PRESETS: dict[str, dict] = {
 }
 
 
-# %% Model
-
-
-def grow(unet: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies temporal weights into a network that may be wider at the input of its 3D-conv blocks.
-
-    Lessons 5 and 6 begin here: columns for the context c_S are new, and zero. Where alpha has another length it starts
-    from the mean. (GroupNorm counts the context channels in, so the start is close to the old network, not equal.)
-    """
-    own = unet.state_dict()
-    for name, value in weights.items():
-        if name not in own:
-            continue
-        target = own[name]
-        if name.endswith("mix_factor") and target.shape != value.shape:
-            value = value.mean().expand_as(target)
-        elif target.shape != value.shape:
-            if not any(part in name for part in (".in_layers.0.", ".in_layers.2.", ".skip_connection.")):
-                raise UserError(f"{name} has another width than in {NAME}: train both with the same --feed-forward")
-            wider = torch.full_like(target, float(name.endswith("in_layers.0.weight")))  # GroupNorm's: 1 and 0
-            axis = 1 if value.dim() > 1 else 0  # input channels of a convolution, channels of the GroupNorm
-            wider.narrow(axis, 0, value.shape[axis]).copy_(value)
-            value = wider
-        target.copy_(value)
-
-
-def load_temporal(run: Run, image, lesson: str = NAME) -> dict[str, torch.Tensor]:
-    """The averaged temporal weights of a lesson from OUT, checked against the image model they were trained on."""
-    path, remedy = run.built_on(lesson) / "checkpoint.pt", command(lesson, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
-    return content["ema"]["shadow"]
-
-
 # %% Training: Eq. (2)
 
 
-def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA, list]:
+def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA, list]:
     torch.manual_seed(config.seed)  # initial temporal weights
     source = with_latents(run, source, image)
     unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
-    unet.train_temporal_only()  # theta frozen, phi and alpha learn
-    network, optimizer, ema = run.parallel(unet), adamw(unet, config.lr), EMA(unet, config.ema_decay)
+    train_temporal_only(unet)  # theta frozen, phi and alpha learn
+    learner = Learner(run, unet, config)
     diffusion, extra = image.diffusion, {"lineage": image.lineage, "alphas": []}
-    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.steps, parts, extra):
+    for step in training_loop(run, config.steps, learner.parts, extra):
         for share in run.shares(config.batch, "diffusion", step):
             clips = source.clips((config.seed, 3, step), share.rows, config.frames, config.final_fps / 16)
-            with run.autocast():
-                z = image.encode(clips.video)  # (b t) c h w
+            z = image.encode(clips.video)  # (b t) c h w
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
             drop = share.uniform() < image.config.p_drop
             eps = share.normal(z.shape)
             tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)
             with run.autocast():
-                output = network(z_tau, tau, image.conditioner(clips, drop), frames=config.frames).float()
+                output = learner.network(z_tau, tau, image.conditioner(clips, drop), frames=config.frames).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-        alphas = torch.stack([alpha.mean() for alpha in unet.alphas().values()])
+        learner.step(step)
+        alphas = torch.stack([alpha.mean() for alpha in alphas_of(unet).values()])
         extra["alphas"].append(alphas.tolist())
         run.log(alpha_min=alphas.min(), alpha_max=alphas.max())
-    return unet, ema, extra["alphas"]
+    return unet, learner.ema, extra["alphas"]
 
 
 # %% Sampling
 
 
-def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps: int, eta: float, run: Run,
+def sample_clips(unet: nn.Module, image: ImageModel, clips: Clips, frames: int | None, steps: int, eta: float, run: Run,
                  *key: object, guidance: float = 1.0, label: str = "", length: int = 0) -> torch.Tensor:
     """Latents of one clip for each row of `clips` (whose labels condition it): (b t) c h w.
 
@@ -181,13 +124,10 @@ def sample_clips(unet: nn.Module, image, clips: Clips, frames: int | None, steps
     nothing = image.conditioner(clips, torch.ones(count, dtype=torch.bool))
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return guided(partial(unet, frames=frames), z_tau, tau[::length], [context], [nothing], guidance)
+        return guided(partial(unet, frames=frames), z_tau, tau[::length], [context], [nothing], guidance)
 
     noise = run.noise((count * length, *image.shape), "sample", *key)
-    return image.diffusion.ddim(
-        predict, noise, steps, eta, run.generator("ddim", *key), label=label, clamp=1.0 if image.config.pixel else None
-    )
+    return image.sample(run, predict, noise, steps, eta, *key, label=label)
 
 
 # %% Figures and numbers
@@ -215,11 +155,10 @@ def colour_ratios(video: torch.Tensor, real: Clips) -> tuple[torch.Tensor, int]:
 
 
 @torch.no_grad()
-def held_out_losses(run: Run, config: Config, image, unet: nn.Module, real: Clips) -> None:
+def held_out_losses(run: Run, config: Config, image: ImageModel, unet: nn.Module, real: Clips) -> None:
     """The loss at each noise level, image model against video model, same clips and same noise."""
     taus = [50, 200, 400, 600, 800, 950]
-    with run.autocast():
-        z = image.encode(real.video)
+    z = image.encode(real.video)
     context, eps, losses = image.conditioner(real), run.noise(z.shape, "held-out"), {}
     for name, frames in (("image model", None), ("video model", config.frames)):
 
@@ -258,11 +197,12 @@ def plot_alphas(run: Run, names: list[str], history: list[list[float]]) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA, history: list) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: nn.Module, ema: EMA,
+             history: list) -> None:
     fps = config.final_fps / 16
-    real = source.clips((config.seed, lesson02.HELD_OUT), 4 * config.samples, config.frames, fps, "held-out")
+    real = source.clips((config.seed, HELD_OUT), 4 * config.samples, config.frames, fps, "held-out")
     unconditional = conditions(config.samples)
-    plot_alphas(run, list(unet.alphas()), history)
+    plot_alphas(run, list(alphas_of(unet)), history)
     with ema.applied():
         now = unet.state_dict()
         changed = sum(not torch.equal(now[name].cpu(), value) for name, value in image.weights.items())
@@ -274,8 +214,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA,
             z = sample_clips(
                 unet, image, unconditional, frames, config.ddim_steps, config.eta, run, label=name, length=config.frames
             )
-            with run.autocast():
-                videos[name] = image.decode(z, config.frames)
+            videos[name] = image.decode(z, config.frames)
     for name, goal in (("before", dict(at_least=4.0)), ("after", dict(at_most=1.3))):
         ratios, flips = colour_ratios(videos[name], real)
         print(f"colour change over real, per clip, {name}: " + " ".join(f"{ratio:.2f}" for ratio in ratios))
@@ -301,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         image = lesson02.planned(config)
         with torch.device("meta"):
             unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
-        unet.train_temporal_only()
+        train_temporal_only(unet)
         dry_run(
             config,
             {"unet": unet},
@@ -310,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
                 "network input": (config.batch * config.frames, *image.shape),
             },
         )
-        z, tau, context = lesson02.planned_input(image, config.frames)
+        z, tau, context = planned_input(image, config.frames)
         forward = lambda: unet(z, tau, context, frames=config.frames)  # noqa: E731
         return training_cost(config, "unet", unet, forward, config.batch, config.steps)
     run = Run(NAME, config)

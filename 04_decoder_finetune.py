@@ -34,37 +34,20 @@ from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
-from common.blocks import group_norm, zero
-from common.data import open_data
-from common.measures import flicker, psnr, restlessness, seam
-from common.metrics import FrameReader, train_reader
-from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import StableDiffusion
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    Range,
-    Rate,
-    Run,
-    TrainingConfig,
-    UserError,
-    Whole,
-    channels_last,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
-    load_part,
-    parse,
-    training_cost,
-    training_loop,
-)
+from common.blocks import channels_last, group_norm, zero
+from common.image_model import ImageModel
+from common.loop import EMA, clip_and_warm_up, load_part, training_loop
+from common.portions import faded, in_portions
+from common.temporal import is_temporal
+from extra.metrics import FrameReader, train_reader
+from extra.plan import dry_run, training_cost
+from extra.pretrained import StableDiffusion
+from kit.data import HELD_OUT, Source, open_data
+from kit.errors import UserError, cli
+from kit.flags import Amount, Count, Fraction, Range, Rate, TrainingConfig, Whole, parse
+from kit.measures import flicker, psnr, restlessness, seam
+from kit.pictures import animation, plot_metrics, sheet
+from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
 NAME = "04_decoder_finetune"
@@ -168,7 +151,7 @@ def set_frames(autoencoder: Autoencoder, frames: int | None) -> None:
             module.frames = frames
 
 
-def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
+def video_autoencoder(image: ImageModel, kernel: int = 3) -> Autoencoder:
     """The image model's autoencoder with temporal layers in its decoder: equal to it at the start."""
     block = type("VideoResnetBlock", (VideoResnetBlock,), {"kernel": kernel})
     autoencoder = image.new_autoencoder(block)
@@ -178,14 +161,12 @@ def video_autoencoder(image, kernel: int = 3) -> Autoencoder:
     return channels_last(autoencoder).to(image.device)
 
 
-def load(run: Run, image) -> tuple[Autoencoder, int]:
+def load(run: Run, image: ImageModel) -> tuple[Autoencoder, int]:
     """The autoencoder with this lesson's decoder from OUT, and how many frames it is given at a time."""
-    path, remedy = run.built_on(NAME) / "checkpoint.pt", command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+    content = run.trained(NAME, image.lineage)
     autoencoder = video_autoencoder(image, content["config"]["kernel"])
     train_decoder(autoencoder, content["config"]["freeze_spatial"])
-    load_part(autoencoder, content["ema"]["shadow"], path)
+    load_part(autoencoder, content["ema"]["shadow"], content["path"])
     return autoencoder.requires_grad_(False).eval(), PORTION * content["config"]["frames"]
 
 
@@ -194,37 +175,6 @@ def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
     for name, parameter in autoencoder.named_parameters():
         ours = name.startswith(("decoder.", "post_quant_conv."))
         parameter.requires_grad_(ours and (is_temporal(name) or not freeze_spatial))
-
-
-def in_portions(items: Iterable[torch.Tensor], size: int, overlap: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
-    """Stacks a stream of frames into portions of `size`; yields each with how many of its last frames are new.
-
-    The others, at least `overlap` from the second portion on, are the last ones of the portion before. All portions are
-    full: the last one reaches back further. (A stream shorter than `size` is one short portion.)
-    """
-    window, new, wanted = [], 0, size
-    for item in items:
-        window, new = [*window, item][-size:], new + 1
-        if new == wanted:
-            yield torch.stack(window), new
-            new, wanted = 0, size - overlap
-    if new:
-        yield torch.stack(window), new
-
-
-def faded(portions: Iterable[tuple[torch.Tensor, int]], overlap: int) -> Iterator[torch.Tensor]:
-    """Frames of `in_portions` that went through a network, one by one: where portions overlap, the old one fades into
-    the new one. At a hard cut all frames jump a little at once, which the eye finds at once, every second or so."""
-    waiting: list[torch.Tensor] = []  # frames that the next portion has a say in
-    for frames, new in portions:
-        again = frames[: len(frames) - new][len(frames) - new - len(waiting) :]
-        for i, (old, anew) in enumerate(zip(waiting, again, strict=True)):
-            yield old + (i + 1) / (len(waiting) + 1) * (anew - old)
-        fresh = list(frames[len(frames) - new :])
-        done = max(0, len(fresh) - overlap)
-        yield from fresh[:done]
-        waiting = fresh[done:]
-    yield from waiting
 
 
 @torch.no_grad()
@@ -245,7 +195,7 @@ def decode_stream(run: Run, autoencoder: Autoencoder, z: Iterable[torch.Tensor],
 # %% Losses: perceptual features and discriminators
 
 
-def read_features(run: Run, config: Config, image) -> FrameReader:
+def read_features(run: Run, config: Config, image: ImageModel) -> FrameReader:
     """The perceptual space: what a network looks at that has learned to read procedural scenes."""
     torch.manual_seed(config.seed + 40)
     size = image.config.height, image.config.width
@@ -286,7 +236,7 @@ class FrameDiscriminator(lesson02.PatchDiscriminator):
 # %% Training
 
 
-def train(run: Run, config: Config, source, image, features: nn.Module) -> Autoencoder:
+def train(run: Run, config: Config, source: Source, image: ImageModel, features: nn.Module) -> Autoencoder:
     torch.manual_seed(config.seed)
     autoencoder = video_autoencoder(image, config.kernel)
     train_decoder(autoencoder, config.freeze_spatial)
@@ -350,16 +300,14 @@ JITTER = 0.08  # deviation of the noise that stands for what lesson 6 gets wrong
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image, autoencoder: Autoencoder) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, autoencoder: Autoencoder) -> None:
     size = PORTION * config.frames
     length = size + size // 2  # two portions
-    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, length, config.final_fps, "held-out").video
-    with run.autocast():
-        z = image.encode(real)
+    real = source.clips((config.seed, HELD_OUT), config.samples, length, config.final_fps, "held-out").video
+    z = image.encode(real)
     decoded = {}
     for kind, latents in (("true latents", z), ("jittering latents", z + JITTER * run.noise(z.shape, "jitter"))):
-        with run.autocast():
-            by_image = image.decode(latents, length)
+        by_image = image.decode(latents, length)
         clips = rearrange(latents, "(b t) c h w -> b t c h w", t=length)
         by_video = torch.stack([torch.stack(list(decode_stream(run, autoencoder, clip, size))) for clip in clips])
         restless = [restlessness(video, real) for video in (by_image, by_video)]

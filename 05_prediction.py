@@ -26,41 +26,22 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common.blocks import TemporalOptions
-from common.data import Clips, open_data
 from common.diffusion import guided
-from common.image_model import ImageModel
-from common.latents import with_latents
-from common.measures import motion, psnr
-from common.pictures import animation, plot_metrics, plt, save_figure, sheet
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    Rate,
-    Run,
-    SamplingSteps,
-    TrainingConfig,
-    Whole,
-    adamw,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    count,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
-    parse,
-    training_cost,
-    training_loop,
-)
+from common.image_model import ImageModel, planned_input
+from common.loop import EMA, Learner, training_loop
+from common.temporal import TemporalOptions, grow, is_temporal, train_temporal_only
+from common.unet import UNet
+from extra.latents import with_latents
+from extra.plan import count, dry_run, training_cost
+from kit.data import HELD_OUT, Clips, Source, open_data
+from kit.errors import UserError, cli
+from kit.files import config_of
+from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, TrainingConfig, Whole, parse
+from kit.measures import motion, psnr
+from kit.pictures import animation, plot_metrics, plt, save_figure, sheet
+from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
-lesson03 = import_module("03_temporal_layers")
 NAME = "05_prediction"
 
 
@@ -123,7 +104,7 @@ def masked_context(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 # %% Model
 
 
-def temporal_options(config: Config, image) -> TemporalOptions:
+def temporal_options(config: Config, image: ImageModel) -> TemporalOptions:
     """Temporal layers with c_S. Attention alone has no 3D-conv blocks and so no c_S of this kind: see `build`."""
     known = image.shape[0] + 1
     options = dict(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward, known_channels=known,
@@ -137,7 +118,7 @@ def temporal_options(config: Config, image) -> TemporalOptions:
     return TemporalOptions(**options)
 
 
-def matching_ff_mult(config: Config, image) -> float:
+def matching_ff_mult(config: Config, image: ImageModel) -> float:
     """The feed-forward width at which twice the attention layers have as many trained parameters as both kinds.
 
     Table 1 says "equal trainable parameters"; parameters are linear in the width, so two counts give the answer.
@@ -156,13 +137,13 @@ def matching_ff_mult(config: Config, image) -> float:
     return max(0.25, 1 + (goal - narrow) / (wide - narrow))
 
 
-def build(config: Config, image) -> nn.Module:
+def build(config: Config, image: ImageModel) -> nn.Module:
     unet = image.unet(temporal_options(config, image))
     if config.temporal == "attention":
         # How context reached the attention-only model is not in the paper. Here c_S enters at the U-Net's input, as
         # in the paper's text-to-video interpolation, through new columns that start at zero and are trained.
         unet.widen(image.shape[0] + 1)
-    unet.train_temporal_only()
+    train_temporal_only(unet)
     if config.temporal == "attention":
         unet.input_blocks[0][0].requires_grad_(True)
     if config.end_to_end:
@@ -178,22 +159,27 @@ def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: t
     return unet(z_tau, tau, context, frames=config.frames, known=c_S)
 
 
-def load(run: Run, image, variant: str = "") -> tuple[nn.Module, Config]:
+def load(run: Run, image: ImageModel, variant: str = "") -> tuple[nn.Module, Config]:
     """The trained prediction model (averaged weights) from OUT, and its configuration."""
-    path = run.built_on(f"{NAME}-{variant}" if variant else NAME) / "checkpoint.pt"
-    remedy = command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+    content = run.trained(NAME, image.lineage, variant=variant)
     config = config_of(Config, content)
     unet = build(config, image)
     unet.load_state_dict(content["ema"]["shadow"], strict=False)
     return unet.requires_grad_(False).eval(), config
 
 
+def begin_with(run: Run, image: ImageModel, unet: UNet, lesson: str) -> None:
+    """Starts from the averaged temporal weights of another lesson. Raises UserError for those of another width."""
+    try:
+        grow(unet, run.trained(lesson, image.lineage)["ema"]["shadow"])
+    except ValueError as error:
+        raise UserError(f"{lesson}: {error}") from None
+
+
 # %% Training: Eq. (3)
 
 
-def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     source = with_latents(run, source, image)
     if config.end_to_end:
@@ -201,15 +187,13 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
     unet = build(config, image)
     # pixels have no lesson 3; attention alone has feed-forward layers of another width: they start afresh
     if not (config.end_to_end or config.pixel or config.temporal == "attention"):
-        lesson03.grow(unet, lesson03.load_temporal(run, image))
-    network, optimizer, ema = run.parallel(unet), adamw(unet, config.lr), EMA(unet, config.ema_decay)
+        begin_with(run, image, unet, "03_temporal_layers")
+    learner = Learner(run, unet, config)
     diffusion, p_S = image.diffusion, torch.tensor(config.context_shares)
-    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+    for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "diffusion", step):
             clips = source.clips((config.seed, 6, step), share.rows, config.frames, config.final_fps / 16)
-            with run.autocast():
-                z = image.encode(clips.video)  # (b t) c h w
+            z = image.encode(clips.video)  # (b t) c h w
             S = share.keep(torch.multinomial(p_S, config.batch, True, generator=share.generator))  # of each clip
             c_S = masked_context(z, prediction_mask(S, config.frames))
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
@@ -218,23 +202,20 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
             tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
             with run.autocast():
-                output = run_unet(network, z_tau, tau, image.conditioner(clips, drop), c_S, config).float()
+                output = run_unet(learner.network, z_tau, tau, image.conditioner(clips, drop), c_S, config).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    return unet, ema
+        learner.step(step)
+    return unet, learner.ema
 
 
 # %% Sampling: Eq. (4)
 
 
 @torch.no_grad()
-def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, config: Config, run: Run, *key: object,
-                  guidance: float | None = None, label: str = "") -> torch.Tensor:
+def predict_clips(unet: nn.Module, image: ImageModel, known: torch.Tensor, clips: Clips, config: Config, run: Run,
+                  *key: object, guidance: float | None = None, label: str = "") -> torch.Tensor:
     """Continues clips. known: b s c h w, the latents of the S first frames (S = 0, 1, 2) -> b t c h w, all frames.
 
     clips: the labels of each row. The known frames are denoised along with the others and come back nearly as given.
@@ -247,13 +228,12 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
     context = image.conditioner(clips)
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():  # Eq. (4): f(z) + s (f(z; c_S) - f(z))
-            return guided(partial(run_unet, unet, config=config), z_tau, tau[:: config.frames], [context, c_S],
-                          [context, torch.zeros_like(c_S)], scale if s else 1)
+        # Eq. (4): f(z) + s (f(z; c_S) - f(z))
+        return guided(partial(run_unet, unet, config=config), z_tau, tau[:: config.frames], [context, c_S],
+                      [context, torch.zeros_like(c_S)], scale if s else 1)
 
     noise = run.noise((b * config.frames, *image.shape), "sample", *key)
-    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
-                             clamp=1.0 if image.config.pixel else None, label=label)
+    z = image.sample(run, predict, noise, config.ddim_steps, config.eta, *key, label=label)
     return rearrange(z, "(b t) c h w -> b t c h w", b=b)
 
 
@@ -261,16 +241,14 @@ def predict_clips(unet: nn.Module, image, known: torch.Tensor, clips: Clips, con
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: nn.Module, ema: EMA) -> None:
     fps, n = config.final_fps / 16, config.futures
-    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, config.frames, fps, "held-out")
-    reference = source.clips((config.seed, lesson02.HELD_OUT), 8 * config.samples, config.frames, fps, "held-out")
-    with run.autocast():
-        z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", t=config.frames)
+    real = source.clips((config.seed, HELD_OUT), config.samples, config.frames, fps, "held-out")
+    reference = source.clips((config.seed, HELD_OUT), 8 * config.samples, config.frames, fps, "held-out")
+    z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", t=config.frames)
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return image.decode(rearrange(latents, "b t c h w -> (b t) c h w"), config.frames)
+        return image.decode(rearrange(latents, "b t c h w -> (b t) c h w"), config.frames)
 
     truth = decode(z)
     with ema.applied():
@@ -310,7 +288,7 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, ema: EMA)
 COPY_TAUS = (20, 100, 400, 700, 999)
 
 
-def clean_errors(image, predict: Callable, z: torch.Tensor, eps: torch.Tensor, known: Sequence[int],
+def clean_errors(image: ImageModel, predict: Callable, z: torch.Tensor, eps: torch.Tensor, known: Sequence[int],
                  asked: Sequence[int]) -> tuple[list[float], list[float]]:
     """Errors (root mean squares; latents have deviation 1) of the clean estimate at COPY_TAUS, of the frames that are
     known and of those asked for. z: b t c h w; predict(z_tau, tau of every frame) gives the network's output."""
@@ -325,7 +303,7 @@ def clean_errors(image, predict: Callable, z: torch.Tensor, eps: torch.Tensor, k
     return errors
 
 
-def copy_error(run: Run, config: Config, image, unet: nn.Module, z: torch.Tensor, real: Clips) -> None:
+def copy_error(run: Run, config: Config, image: ImageModel, unet: nn.Module, z: torch.Tensor, real: Clips) -> None:
     """Does the network copy what it is given? From tau = 999, where z_tau is noise, the known frames are all it has."""
     eps, figure = run.noise((len(z) * config.frames, *image.shape), "copy"), plt.figure(figsize=(7, 2.6))
     context = image.conditioner(real)
@@ -389,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
                 "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:]),
             },
         )
-        z, tau, context = lesson02.planned_input(image, config.frames)
+        z, tau, context = planned_input(image, config.frames)
         c_S = torch.cat([z, z[:, :1]], dim=1)
         forward = lambda: run_unet(unet, z, tau, context, c_S, config)  # noqa: E731
         return training_cost(config, "unet", unet, forward, config.batch, config.steps)

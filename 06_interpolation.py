@@ -27,39 +27,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import TemporalOptions
-from common.data import Clips, open_data
 from common.diffusion import guided, in_common
-from common.latents import with_latents
-from common.measures import psnr, restlessness, sharpness
-from common.pictures import animation, plot_metrics, plt, save_figure, sheet
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    Rate,
-    Run,
-    SamplingSteps,
-    Spacing,
-    TrainingConfig,
-    Whole,
-    adamw,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    dry_run,
-    known_good,
-    load_checkpoint,
-    parse,
-    training_cost,
-    training_loop,
-)
+from common.image_model import ImageModel, planned_input
+from common.loop import EMA, Learner, training_loop
+from common.temporal import TemporalOptions, train_temporal_only
+from extra.latents import with_latents
+from extra.plan import dry_run, training_cost
+from kit.data import HELD_OUT, Clips, Source, open_data
+from kit.errors import cli
+from kit.files import config_of
+from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, Spacing, TrainingConfig, Whole, parse
+from kit.measures import psnr, restlessness, sharpness
+from kit.pictures import animation, plot_metrics, plt, save_figure, sheet
+from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
-lesson03 = import_module("03_temporal_layers")
 lesson05 = import_module("05_prediction")
 NAME = "06_interpolation"
 FRAMES = 5  # two ends and three between: this is what "interpolation by 4" means
@@ -113,14 +95,14 @@ def interpolation_mask(clips: int) -> torch.Tensor:
 class Interpolator(nn.Module):
     """The U-Net with temporal layers, and the embedding of the stage: 0 is T to 4T, 1 is 4T to 16T."""
 
-    def __init__(self, config: Config, image) -> None:
+    def __init__(self, config: Config, image: ImageModel) -> None:
         super().__init__()
         self.unet = image.unet(
             TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward,
                             context_dim=config.stage_dim, known_channels=image.shape[0] + 1,
                             known_features=config.known_features)
         )
-        self.unet.train_temporal_only()
+        train_temporal_only(self.unet)
         self.stage = nn.Embedding(2, config.stage_dim)
 
     def forward(self, z_tau: torch.Tensor, tau: torch.Tensor, context: torch.Tensor | None, c_S: torch.Tensor,
@@ -130,11 +112,9 @@ class Interpolator(nn.Module):
         return self.unet(z_tau, tau, context, frames=FRAMES, time_context=token, known=c_S)
 
 
-def load(run: Run, image) -> tuple[nn.Module, Config]:
+def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
     """The trained interpolation model (averaged weights) from OUT, and its configuration."""
-    path, remedy = run.built_on(NAME) / "checkpoint.pt", command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+    content = run.trained(NAME, image.lineage)
     config = config_of(Config, content)
     model = Interpolator(config, image).to(run.device)
     model.load_state_dict(content["ema"]["shadow"], strict=False)
@@ -144,7 +124,7 @@ def load(run: Run, image) -> tuple[nn.Module, Config]:
 # %% Training: Eq. (3)
 
 
-def both_rates(source, key: tuple[int, ...], rows: Sequence[int], batch: int,
+def both_rates(source: Source, key: tuple[int, ...], rows: Sequence[int], batch: int,
                final_fps: float) -> tuple[Clips, torch.Tensor]:
     """Clips of 5 frames: in a batch, the first half has a quarter of the final rate (stage 0), the second the final one
     (stage 1). rows: which of the batch are wanted, in order."""
@@ -156,19 +136,16 @@ def both_rates(source, key: tuple[int, ...], rows: Sequence[int], batch: int,
     return clips, torch.tensor([0] * len(slow) + [1] * len(fast))
 
 
-def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     source = with_latents(run, source, image)
     model = Interpolator(config, image).to(run.device)
-    lesson03.grow(model.unet, lesson03.load_temporal(run, image, lesson05.NAME))  # which has learned to read c_S
-    network, optimizer, ema = run.parallel(model), adamw(model, config.lr), EMA(model, config.ema_decay)
-    diffusion = image.diffusion
-    parts = {"model": model, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+    lesson05.begin_with(run, image, model.unet, lesson05.NAME)  # which has learned to read c_S
+    learner, diffusion = Learner(run, model, config), image.diffusion
+    for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "diffusion", step):
             clips, stage = both_rates(source, (config.seed, 7, step), share.rows, config.batch, config.final_fps)
-            with run.autocast():
-                z = image.encode(clips.video)  # (b t) c h w
+            z = image.encode(clips.video)  # (b t) c h w
             c_S = lesson05.masked_context(z, interpolation_mask(len(share)))
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
             drop = share.uniform() < image.config.p_drop
@@ -176,23 +153,20 @@ def train(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
             tau_of_frames = tau.repeat_interleave(FRAMES)  # (b t)
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)
             with run.autocast():
-                output = network(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
+                output = learner.network(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    return model, ema
+        learner.step(step)
+    return model, learner.ema
 
 
 # %% Sampling
 
 
 @torch.no_grad()
-def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, stage: int, clips: Clips, config: Config,
-            run: Run, *key: object, label: str = "") -> torch.Tensor:
+def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torch.Tensor, stage: int, clips: Clips,
+            config: Config, run: Run, *key: object, label: str = "") -> torch.Tensor:
     """Three latents between each pair of ends, b c h w each -> b 5 c h w; the ends are kept as given."""
     b = len(first)
     z = torch.zeros(b, FRAMES, *image.shape, device=run.device)
@@ -202,13 +176,11 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
     nothing = image.conditioner(clips, torch.ones(b, dtype=torch.bool))
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return guided(model, z_tau, tau[::FRAMES], [context, c_S, stages], [nothing, c_S, stages],
-                          1 if context is None else config.guidance)
+        return guided(model, z_tau, tau[::FRAMES], [context, c_S, stages], [nothing, c_S, stages],
+                      1 if context is None else config.guidance)
 
     noise = in_common(run.noise((b * FRAMES, *image.shape), "sample", *key), FRAMES, float(config.calm))
-    sampled = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key),
-                                   label=label, clamp=1.0 if image.config.pixel else None, power=config.power)
+    sampled = image.sample(run, predict, noise, config.ddim_steps, config.eta, *key, power=config.power, label=label)
     sampled, weight = rearrange(sampled, "(b t) c h w -> b t c h w", b=b), between_ends(z)
     if config.calm:  # from the same noise much of a network's error is the same in all frames, and the ends show it
         error = sampled - z
@@ -235,7 +207,7 @@ def interpolate(fill: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
     return torch.cat([*pieces, z[-1:]])
 
 
-def one_pass(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
+def one_pass(model: nn.Module, image: ImageModel, z: torch.Tensor, stage: int, clips: Clips, config: Config, run: Run,
              *key: object, label: str = "") -> torch.Tensor:
     """`interpolate` with this lesson's model. clips: one row of labels."""
     return interpolate(lambda first, last, start: between(model, image, first, last, stage, clips.repeat(len(first)),
@@ -246,19 +218,17 @@ def one_pass(model: nn.Module, image, z: torch.Tensor, stage: int, clips: Clips,
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image, model: nn.Module, ema: EMA) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, model: nn.Module, ema: EMA) -> None:
     passes = (("T to 4T", config.final_fps / 4), ("4T to 16T", config.final_fps))
     strips = []
     with ema.applied():
         for stage, (name, fps) in enumerate(passes):
-            real = source.clips((config.seed, lesson02.HELD_OUT, stage), config.samples, FRAMES, fps, "held-out")
-            with run.autocast():
-                z = image.encode(real.video)
-                truth = image.decode(z, FRAMES)
+            real = source.clips((config.seed, HELD_OUT, stage), config.samples, FRAMES, fps, "held-out")
+            z = image.encode(real.video)
+            truth = image.decode(z, FRAMES)
             z = rearrange(z, "(b t) c h w -> b t c h w", t=FRAMES)
             ours = between(model, image, z[:, 0], z[:, -1], stage, real, config, run, stage, label=name)
-            with run.autocast():
-                ours = image.decode(rearrange(ours, "b t c h w -> (b t) c h w"), FRAMES)
+            ours = image.decode(rearrange(ours, "b t c h w -> (b t) c h w"), FRAMES)
             weight = between_ends(truth)
             blend = (1 - weight) * truth[:, :1] + weight * truth[:, -1:]
             report_pass(run, name, real.video, truth, ours, blend)
@@ -289,7 +259,8 @@ def report_pass(run: Run, name: str, real: torch.Tensor, truth: torch.Tensor, ou
     run.report(f"{name}, gradient of the middle over real, blend", middle[2] / middle[0])
 
 
-def copy_error(run: Run, image, model: nn.Module, z: torch.Tensor, real: Clips, stage: int, name: str) -> None:
+def copy_error(run: Run, image: ImageModel, model: nn.Module, z: torch.Tensor, real: Clips, stage: int,
+               name: str) -> None:
     """Error of the clean estimate of both ends, which are known, and of the frames between. z: b t c h w."""
     c_S = lesson05.masked_context(rearrange(z, "b t c h w -> (b t) c h w"), interpolation_mask(len(z)))
     context, stages = image.conditioner(real), torch.full((len(z),), stage)
@@ -314,19 +285,17 @@ def copy_error(run: Run, image, model: nn.Module, z: torch.Tensor, real: Clips, 
     run.report(f"{name}, error between, blend", blend)
 
 
-def two_passes(run: Run, config: Config, source, image, model: nn.Module) -> None:
+def two_passes(run: Run, config: Config, source: Source, image: ImageModel, model: nn.Module) -> None:
     """Three true key frames to 9 to 33 frames, beside the true ones: what lesson 8 does to whole videos."""
     count = -(-config.samples // 3)
-    real = source.clips((config.seed, lesson02.HELD_OUT, 2), count, 33, config.final_fps, "held-out")
-    with run.autocast():
-        z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", b=count)
+    real = source.clips((config.seed, HELD_OUT, 2), count, 33, config.final_fps, "held-out")
+    z = rearrange(image.encode(real.video), "(b t) c h w -> b t c h w", b=count)
     ours = []
     for i, keys in enumerate(z[:, ::16]):
         for stage in (0, 1):
             keys = one_pass(model, image, keys, stage, real.pick([i]), config, run, "two", i, stage, label="two passes")
         ours.append(keys)
-    with run.autocast():
-        truth, ours = (image.decode(latents.flatten(0, 1), 33) for latents in (z, torch.stack(ours)))
+    truth, ours = (image.decode(latents.flatten(0, 1), 33) for latents in (z, torch.stack(ours)))
     run.report("two passes, 3 key frames to 33, PSNR", psnr(ours, truth), "dB")
     run.report("two passes, restlessness", restlessness(ours, real.video), "times real", at_most=1.5)
     animation(torch.stack([truth[0], ours[0]]), run.folder / "two_passes.gif", config.final_fps / 2, 2)
@@ -350,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
                 "stage token": (config.batch, 1, config.stage_dim),
             },
         )
-        z, tau, context = lesson02.planned_input(image, FRAMES)
+        z, tau, context = planned_input(image, FRAMES)
         c_S, stage = torch.cat([z, z[:, :1]], dim=1), torch.zeros(1, dtype=torch.long, device="meta")
         forward = lambda: model(z, tau, context, c_S, stage)  # noqa: E731
         return training_cost(config, "model", model, forward, config.batch, config.steps)

@@ -26,14 +26,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import TemporalOptions, sinusoids
-from common.data import open_data
+from common.blocks import channels_last, sinusoids
 from common.diffusion import Diffusion, in_common
-from common.measures import flicker, psnr, restlessness, seam, sharpness
-from common.parallel import Share
-from common.pictures import animation, plot_metrics, sheet
-from common.training import (
-    EMA,
+from common.image_model import ImageModel
+from common.loop import Learner, training_loop
+from common.portions import faded, in_portions
+from common.temporal import TemporalOptions, is_temporal, train_temporal_only
+from common.unet import UNet
+from extra.plan import dry_run, training_cost
+from kit.data import HELD_OUT, Source, open_data
+from kit.errors import UserError, cli
+from kit.files import config_of
+from kit.flags import (
     Amount,
     Beta,
     Count,
@@ -41,31 +45,18 @@ from common.training import (
     Fraction,
     NoiseLevel,
     Rate,
-    Run,
     SamplingSteps,
     Spacing,
     TrainingConfig,
-    UserError,
     Whole,
-    adamw,
-    channels_last,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
     parse,
-    training_cost,
-    training_loop,
 )
-from common.unet import UNet
+from kit.measures import flicker, psnr, restlessness, seam, sharpness
+from kit.parallel import Share
+from kit.pictures import animation, plot_metrics, sheet
+from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
-lesson04 = import_module("04_decoder_finetune")
 NAME = "07_upsampler"
 SCALE = 4
 
@@ -210,11 +201,9 @@ def make_diffusion(config: Config, device: torch.device | str) -> Diffusion:
     return Diffusion(config.schedule, config.beta_start, config.beta_end, config.parameterization, device)
 
 
-def load(run: Run, image) -> tuple[nn.Module, Config]:
+def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
     """The trained upsampler (averaged weights, spatial and temporal) from OUT, and its configuration."""
-    folder, remedy = run.built_on(NAME), command(NAME, run.config)
-    contents = [load_checkpoint(folder / name, remedy) for name in ("image.pt", "checkpoint.pt")]
-    check_lineage(contents[1], size_lineage(image), folder / "checkpoint.pt", remedy)
+    contents = [run.trained(NAME, size_lineage(image), file) for file in ("image.pt", "checkpoint.pt")]
     config = config_of(Config, contents[1])
     model = Upsampler(config).to(run.device)
     for content in contents:
@@ -222,7 +211,7 @@ def load(run: Run, image) -> tuple[nn.Module, Config]:
     return model.requires_grad_(False).eval(), config
 
 
-def size_lineage(image) -> dict:
+def size_lineage(image: ImageModel) -> dict:
     """The upsampler sees frames, not latents: it fits any image model of this data and frame size."""
     return {k: v for k, v in image.lineage.items() if k != "latent_scale"}
 
@@ -230,7 +219,7 @@ def size_lineage(image) -> dict:
 # %% Training: the image upsampler, then its temporal layers
 
 
-def train(run: Run, config: Config, source, image) -> Upsampler:
+def train(run: Run, config: Config, source: Source, image: ImageModel) -> Upsampler:
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(run.device)
     for name, frames in (("image", None), ("checkpoint", config.frames)):
@@ -240,25 +229,21 @@ def train(run: Run, config: Config, source, image) -> Upsampler:
             steps, batch, lr = config.image_steps, config.image_batch, config.image_lr
         else:
             model.requires_grad_(False)
-            model.unet.train_temporal_only()
+            train_temporal_only(model.unet)
             steps, batch, lr = config.steps, config.batch, config.lr
-        network, optimizer, ema = run.parallel(model), adamw(model, lr), EMA(model, config.ema_decay)
-        parts = {"model": model, "optimizer": optimizer, "ema": ema}
+        learner = Learner(run, model, config, lr)
         metrics = "metrics.csv" if frames else "image.csv"
-        for step in training_loop(run, steps, parts, {"lineage": size_lineage(image)}, f"{name}.pt", metrics):
+        for step in training_loop(run, steps, learner.parts, {"lineage": size_lineage(image)}, f"{name}.pt", metrics):
             for share in run.shares(batch, "diffusion", frames, step):
-                loss = upsampling_loss(run, config, source, network, share, step, frames)
+                loss = upsampling_loss(run, config, source, learner.network, share, step, frames)
                 share.backward(loss)
                 run.log(loss=loss)
-            clip_and_warm_up(optimizer, step, lr, config.warmup, config.steady)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
-        ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
+            learner.step(step)
+        learner.ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
     return model
 
 
-def upsampling_loss(run: Run, config: Config, source, network: Callable, share: Share, step: int,
+def upsampling_loss(run: Run, config: Config, source: Source, network: Callable, share: Share, step: int,
                     frames: int | None) -> torch.Tensor:
     """Eq. (5) on images (frames None) or clips, for a share of the batch."""
     diffusion, (numbers, of) = make_diffusion(config, run.device), cut_from(share)
@@ -293,7 +278,7 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
 
     def enlarged() -> Iterator[tuple[torch.Tensor, int]]:
         first = None
-        for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames, config.overlap)):
+        for number, (part, new) in enumerate(in_portions(small, config.frames, config.overlap)):
             draw, t = run.generator("upsample", *key, number), len(part)
             groups = 1 if video else t  # images: every frame is a batch row of its own
             level = torch.full((groups,), config.level, device=run.device)
@@ -314,16 +299,16 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
             large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, clamp, label, config.power)
             yield (mu + s * large).clamp(-1, 1).cpu(), new
 
-    return lesson04.faded(enlarged(), config.overlap)
+    return faded(enlarged(), config.overlap)
 
 
 # %% Figures and numbers
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, model: Upsampler) -> None:
+def evaluate(run: Run, config: Config, source: Source, model: Upsampler) -> None:
     length = config.frames + config.frames // 2  # two portions, the second overlapping backwards
-    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, length, config.final_fps, "held-out").video
+    real = source.clips((config.seed, HELD_OUT), config.samples, length, config.final_fps, "held-out").video
     small = shrink(real)
     bilinear = F.interpolate(small.flatten(0, 1), scale_factor=SCALE, mode="bilinear").view_as(real)
     ours = {}
@@ -366,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):
             model = Upsampler(config)
         model.requires_grad_(False)
-        model.unet.train_temporal_only()
+        train_temporal_only(model.unet)
         large = (SCALE * image.config.height, SCALE * image.config.width)
         dry_run(
             config,

@@ -32,13 +32,16 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from common.data import Clips, open_data
-from common.image_model import conditions
-from common.measures import sharpness
-from common.media import fitted, open_picture
-from common.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
-from common.scenes import MAX_CARS
-from common.training import Amount, BaseConfig, Count, Range, Run, UserError, cli, count, known_good, one_process, parse
+from common.image_model import ImageModel, conditions
+from extra.plan import count
+from kit.data import HELD_OUT, Clips, open_data
+from kit.errors import UserError, cli
+from kit.flags import Amount, BaseConfig, Count, Range, parse
+from kit.measures import sharpness
+from kit.media import fitted, open_picture
+from kit.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
+from kit.run import Run, known_good, one_process
+from kit.scenes import MAX_CARS
 
 lesson02 = import_module("02_image_ldm")
 lesson04 = import_module("04_decoder_finetune")
@@ -89,18 +92,17 @@ def read_first_frame(path: str, height: int, width: int) -> torch.Tensor:
     return rearrange(torch.from_numpy(np.array(picture)).float() / 127.5 - 1, "h w c -> 1 1 c h w")
 
 
-def first_latent(run: Run, config: Config, image, labels: Clips) -> torch.Tensor:
+def first_latent(run: Run, config: Config, image: ImageModel, labels: Clips) -> torch.Tensor:
     """The latent of the first frame: 1 c h w."""
     if config.first_frame:
         frame = read_first_frame(config.first_frame, image.config.height, image.config.width)
-        with run.autocast():
-            return image.encode(frame)
+        return image.encode(frame)
     return lesson02.sample_images(image.unet(), image, labels, image.config.guidance, run, image.config.ddim_steps,
                                   image.config.eta, "first", label="first frame")
 
 
 def key_frames(
-    run: Run, config: Config, image, first: torch.Tensor, labels: Clips, future: int
+    run: Run, config: Config, image: ImageModel, first: torch.Tensor, labels: Clips, future: int
 ) -> Iterator[torch.Tensor]:
     """Key-frame latents without end: S = 1 from the first frame, then S = 2 from the last two, again and again."""
     unet, settings = lesson05.load(run, image)
@@ -115,8 +117,8 @@ def key_frames(
         known = clip[:, -2:]
 
 
-def interpolated(run: Run, config: Config, model, settings, image, frames: Iterable[torch.Tensor], stage: int,
-                 labels: Clips, future: int) -> Iterator[torch.Tensor]:
+def interpolated(run: Run, config: Config, model, settings, image: ImageModel, frames: Iterable[torch.Tensor],
+                 stage: int, labels: Clips, future: int) -> Iterator[torch.Tensor]:
     """One interpolation pass over a stream: every frame given comes out again, with three new ones before the next."""
     last = None
     for number, batch in enumerate(batched(frames, 8)):
@@ -134,7 +136,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def frames_of(
-    run: Run, config: Config, image, first: torch.Tensor, labels: Clips, length: int, future: int
+    run: Run, config: Config, image: ImageModel, first: torch.Tensor, labels: Clips, length: int, future: int
 ) -> Iterator[torch.Tensor]:
     """The whole stack for one video but the upsampler: 3 H W frames in [-1, 1], `length` of them."""
     keys = -(-(length - 1) // 4**config.passes) + 1
@@ -153,15 +155,14 @@ def frames_of(
     return iter(stream)
 
 
-def enlarged(run: Run, image, frames: Iterable[torch.Tensor], future: int) -> Iterator[torch.Tensor]:
+def enlarged(run: Run, image: ImageModel, frames: Iterable[torch.Tensor], future: int) -> Iterator[torch.Tensor]:
     upsampler, settings = lesson07.load(run, image)
     return lesson07.upsample(upsampler, settings, frames, run, future)
 
 
-def decoded_singly(run: Run, image, latents: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def decoded_singly(run: Run, image: ImageModel, latents: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     for batch in batched(latents, 8):
-        with run.autocast():
-            yield from image.decode(torch.stack(batch))[:, 0]
+        yield from image.decode(torch.stack(batch))[:, 0]
 
 
 # %% Writing, and what drifts
@@ -270,7 +271,8 @@ def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> Non
 
 def show_plan(config: Config) -> None:
     """--dry-run: parameters of every stage and the shapes at their borders."""
-    from common.training import dry_run, preset_config
+    from extra.plan import dry_run
+    from kit.flags import preset_config
 
     image = lesson02.planned(config)
     lessons = (lesson04, lesson05, lesson06, lesson07)
@@ -308,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     large_throughout = config.upsampler and not config.upsampled_seconds
     size = lesson07.SCALE if large_throughout else 1
     source = open_data(config.data, size * image.config.height, size * image.config.width, config.final_fps)
-    real = source.clips((config.seed, lesson02.HELD_OUT), 8, 8, rate, "held-out").video
+    real = source.clips((config.seed, HELD_OUT), 8, 8, rate, "held-out").video
     for future in range(config.futures):
         name, start = f"long-{future}" if config.futures > 1 else "long", time.time()
         frames = frames_of(run, config, image, first, labels, length, future)

@@ -35,46 +35,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import TemporalOptions, sinusoids
-from common.data import Clips, note, open_data
+from common.blocks import sinusoids
 from common.diffusion import guided
 from common.image_model import ImageModel, conditions
-from common.latents import with_latents
-from common.measures import colour_change, motion
-from common.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
-from common.parallel import whole
-from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, inspect
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    NoiseLevel,
-    Rate,
-    Run,
-    SamplingSteps,
-    TrainingConfig,
-    UserError,
-    Whole,
-    adamw,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    dry_run,
-    known_good,
-    load_checkpoint,
-    load_part,
-    one_process,
-    parse,
-    training_cost,
-    training_loop,
-)
+from common.loop import EMA, Learner, load_part, training_loop
+from common.temporal import TemporalOptions, train_temporal_only
+from extra.latents import with_latents
+from extra.metrics import READER_SIZE, SceneReader, captions_obeyed, train_reader
+from extra.plan import dry_run, training_cost
+from extra.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, inspect
+from kit.data import HELD_OUT, Clips, Source, note, open_data
+from kit.errors import UserError, cli
+from kit.files import config_of
+from kit.flags import Amount, Count, Fraction, NoiseLevel, Rate, SamplingSteps, TrainingConfig, Whole, parse
+from kit.measures import colour_change, motion
+from kit.parallel import whole
+from kit.pictures import animation, plot_metrics, sheet
+from kit.run import Run, known_good, one_process
 
 lesson02 = import_module("02_image_ldm")
-lesson03 = import_module("03_temporal_layers")
 lesson04 = import_module("04_decoder_finetune")
 lesson05 = import_module("05_prediction")
 lesson06 = import_module("06_interpolation")
@@ -153,6 +132,7 @@ def open_backbone(run: Run, config, keep_captions: bool = True, upscaler: bool =
         text = TextEncoder(config.text_encoder, run.device, config.folder() / "captions" if keep_captions else None)
     image = StableDiffusion(config.backbone, text, *config.size, config.parameterization, run.device,
                             config.ema)
+    image.autocast = run.autocast
     if not upscaler:
         check_text_to_image(image)
     return image
@@ -166,59 +146,50 @@ def planned(config) -> ImageModel:
         return StableDiffusion(config.backbone, None, *config.size, device="meta")
 
 
-def train_spatial(run: Run, config: Config, source, image) -> None:
+def train_spatial(run: Run, config: Config, source: Source, image: ImageModel) -> None:
     """The WebVid step: the spatial layers alone on single frames of the videos, Eq. (1); the result is `image`'s."""
     source, unet = with_latents(run, source, image), image.unet()
-    network = run.parallel(unet, shard=config.shard)
-    optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
-    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.spatial_steps, parts, {"lineage": image.lineage}, "spatial.pt",
+    learner, diffusion = Learner(run, unet, config, shard=config.shard), image.diffusion
+    for step in training_loop(run, config.spatial_steps, learner.parts, {"lineage": image.lineage}, "spatial.pt",
                               "spatial.csv"):
         for share in run.shares(config.spatial_batch, "spatial", step):
             clips = source.clips((config.seed, 9, step), share.rows, 1, config.final_fps)
-            with run.autocast():
-                z = image.encode(clips.video)  # b c h w
+            z = image.encode(clips.video)  # b c h w
             tau = share.integers(diffusion.steps)
             drop = share.uniform() < image.config.p_drop
             eps = share.normal(z.shape)
             with run.autocast():
-                output = network(diffusion.diffuse(z, eps, tau), tau, image.conditioner(clips, drop)).float()
+                output = learner.network(diffusion.diffuse(z, eps, tau), tau, image.conditioner(clips, drop)).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau))  # Eq. (1)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    image.weights = dict(image.weights) | whole(ema.shadow)
+        learner.step(step)
+    image.weights = dict(image.weights) | whole(learner.ema.shadow)
 
 
 # %% Key frames: text in the temporal layers as well
 
 
-def key_frame_model(config: Config, image) -> nn.Module:
+def key_frame_model(config: Config, image: ImageModel) -> nn.Module:
     """The backbone with temporal layers that read the same tokens as its spatial ones (Table 6), alpha a scalar."""
     unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
-    unet.train_temporal_only()
+    train_temporal_only(unet)
     return unet
 
 
-def token_width(image) -> int:
+def token_width(image: ImageModel) -> int:
     return image.architecture["context_dim"] if isinstance(image, StableDiffusion) else image.config.context_dim
 
 
-def train_key_frames(run: Run, config: Config, source, image) -> tuple[nn.Module, EMA]:
+def train_key_frames(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     source = with_latents(run, source, image)
     unet = key_frame_model(config, image)
-    network = run.parallel(unet, shard=config.shard)
-    optimizer, ema, diffusion = adamw(unet, config.lr), EMA(unet, config.ema_decay), image.diffusion
-    parts = {"model": unet, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+    learner, diffusion = Learner(run, unet, config, shard=config.shard), image.diffusion
+    for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "diffusion", step):
             clips = source.clips((config.seed, 10, step), share.rows, config.frames, config.final_fps / 16)
-            with run.autocast():
-                z = image.encode(clips.video)  # (b t) c h w
+            z = image.encode(clips.video)  # (b t) c h w
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
             drop = share.uniform() < image.config.p_drop
             eps = share.normal(z.shape)
@@ -226,15 +197,12 @@ def train_key_frames(run: Run, config: Config, source, image) -> tuple[nn.Module
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)
             with run.autocast():
                 text = image.conditioner(clips, drop)  # b n d
-                output = network(z_tau, tau, text, frames=config.frames, time_context=text).float()
+                output = learner.network(z_tau, tau, text, frames=config.frames, time_context=text).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (2)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    return unet, ema
+        learner.step(step)
+    return unet, learner.ema
 
 
 Tokens = tuple[torch.Tensor, torch.Tensor]  # of the text, and of what stands for no text: b n d each
@@ -247,8 +215,8 @@ def tokens(conditioner: nn.Module, clips: Clips, negative: str = "") -> Tokens:
 
 
 @torch.no_grad()
-def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, frames: int, config: Config, run: Run,
-                      *key: object, wider: int = 1, reach: int = 0, label: str = "") -> torch.Tensor:
+def sample_key_frames(unet: nn.Module, image: ImageModel, text: Tokens, time_text: Tokens, frames: int, config: Config,
+                      run: Run, *key: object, wider: int = 1, reach: int = 0, label: str = "") -> torch.Tensor:
     """Clips of `frames` key frames, a row of tokens each: latents b t c h w.
 
     text goes to the spatial layers, time_text to the temporal ones: the same here, two encoders' in lesson 10.
@@ -264,12 +232,11 @@ def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, f
         return unet(z_tau, tau, text, frames=frames, time_context=time_text, reach=reach)
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return guided(network, z_tau, tau[::frames], *zip(text, time_text, strict=True), config.guidance)
+        return guided(network, z_tau, tau[::frames], *zip(text, time_text, strict=True), config.guidance)
 
     noise = run.noise((b * frames, c, wider * h, wider * w), "sample", *key)
     noise = noise - noise.mean(dim=(2, 3), keepdim=True)
-    z = image.diffusion.ddim(predict, noise, config.ddim_steps, config.eta, run.generator("ddim", *key), label=label)
+    z = image.sample(run, predict, noise, config.ddim_steps, config.eta, *key, label=label)
     return rearrange(z, "(b t) c h w -> b t c h w", b=b)
 
 
@@ -279,7 +246,7 @@ def sample_key_frames(unet: nn.Module, image, text: Tokens, time_text: Tokens, f
 class Interpolator(nn.Module):
     """The U-Net with 4 + 4 + 1 input channels, and the two tokens of its temporal cross-attention: rate and level."""
 
-    def __init__(self, config: Config, image) -> None:
+    def __init__(self, config: Config, image: ImageModel) -> None:
         super().__init__()
         self.unet = image.unet(TemporalOptions(context_dim=token_width(image), ff_mult=config.feed_forward))
         self.unet.widen(image.shape[0] + 1)
@@ -295,27 +262,27 @@ class Interpolator(nn.Module):
         return self.unet(torch.cat([z_tau, known], dim=1), tau, text, frames=lesson06.FRAMES, time_context=pair)
 
 
-def augmented(image, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+def augmented(image: ImageModel, z: torch.Tensor, mask: torch.Tensor, level: torch.Tensor,
+              eps: torch.Tensor) -> torch.Tensor:
     """(mask * z, mask) with z noised to `level` (b), the conditioning augmentation of App. H.2."""
     return lesson05.masked_context(image.diffusion.diffuse(z, eps, level.repeat_interleave(mask.shape[1])), mask)
 
 
-def train_interpolation(run: Run, config: Config, source, image, key_frames: dict) -> tuple[nn.Module, EMA]:
+def train_interpolation(run: Run, config: Config, source: Source, image: ImageModel,
+                        key_frames: dict) -> tuple[nn.Module, EMA]:
     """key_frames: the trained temporal weights, where this begins (as the paper's model on SD 2.1 does)."""
     torch.manual_seed(config.seed + 1)
     source = with_latents(run, source, image)
     model = Interpolator(config, image)
     model.unet.load_state_dict(key_frames, strict=False)
-    network = run.parallel(model, shard=config.shard)
-    optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
-    parts = {"model": model, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.interpolation_steps, parts, {"lineage": image.lineage}, "interpolation.pt",
-                              "interpolation.csv"):
+    learner = Learner(run, model, config, steady=config.interpolation_steady, shard=config.shard)
+    diffusion = image.diffusion
+    for step in training_loop(run, config.interpolation_steps, learner.parts, {"lineage": image.lineage},
+                              "interpolation.pt", "interpolation.csv"):
         for share in run.shares(config.interpolation_batch, "interpolation", step):
             clips, stage = lesson06.both_rates(source, (config.seed, 11, step), share.rows, share.batch,
                                                config.final_fps)
-            with run.autocast():
-                z = image.encode(clips.video)  # (b t) c h w
+            z = image.encode(clips.video)  # (b t) c h w
             level = share.integers(config.max_level + 1)
             known = augmented(image, z, lesson06.interpolation_mask(len(share)), level, share.normal(z.shape))
             tau = share.integers(diffusion.steps)
@@ -325,15 +292,12 @@ def train_interpolation(run: Run, config: Config, source, image, key_frames: dic
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)
             with run.autocast():
                 text, fps = image.conditioner(clips, drop), rate(stage, config)
-                output = network(z_tau, tau, text, known, fps, level).float()
+                output = learner.network(z_tau, tau, text, known, fps, level).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3)
             share.backward(loss)
             run.log(loss=loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.interpolation_steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    return model, ema
+        learner.step(step)
+    return model, learner.ema
 
 
 def rate(stage: torch.Tensor, config: Config) -> torch.Tensor:
@@ -342,8 +306,8 @@ def rate(stage: torch.Tensor, config: Config) -> torch.Tensor:
 
 
 @torch.no_grad()
-def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, stage: int, text: Tokens, config: Config,
-            run: Run, *key: object) -> torch.Tensor:
+def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torch.Tensor, stage: int, text: Tokens,
+            config: Config, run: Run, *key: object) -> torch.Tensor:
     """Three latents between each pair of ends, b c h w each -> b 5 c h w; the ends are kept. text: one row, or b.
 
     Sampling begins with the ends' blend diffused to the last step, not with noise alone. With Stable Diffusion's betas
@@ -360,14 +324,12 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
     told, untold = (tokens.expand(b, -1, -1) for tokens in text)
 
     def predict(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return guided(model, z_tau, tau[::t], [told, known, fps, level], [untold, known, fps, level],
-                          config.interpolation_guidance)
+        return guided(model, z_tau, tau[::t], [told, known, fps, level], [untold, known, fps, level],
+                      config.interpolation_guidance)
 
     noise = run.noise((b * t, *first.shape[1:]), "between", *key)
     noise = image.diffusion.diffuse(blend.flatten(0, 1), noise, torch.full((b * t,), image.diffusion.steps - 1))
-    sampled = image.diffusion.ddim(predict, noise, config.interpolation_ddim_steps, config.eta,
-                                   run.generator("ddim", *key))
+    sampled = image.sample(run, predict, noise, config.interpolation_ddim_steps, config.eta, *key)
     z[:, 1:-1] = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)[:, 1:-1]
     return z
 
@@ -375,41 +337,36 @@ def between(model: nn.Module, image, first: torch.Tensor, last: torch.Tensor, st
 # %% Loading, for sampling and for lesson 10
 
 
-def load_key_frames(run: Run, image) -> tuple[nn.Module, Config]:
+def load_key_frames(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
     """The key-frame model (averaged temporal weights on the backbone), and its configuration."""
-    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+    content = run.trained(NAME, image.lineage)
     config = config_of(Config, content)
     if config.spatial_steps:
-        image.weights = dict(image.weights) | load_checkpoint(path.with_name("spatial.pt"), remedy)["ema"]["shadow"]
+        image.weights = dict(image.weights) | run.trained(NAME, file="spatial.pt")["ema"]["shadow"]
     unet = key_frame_model(config, image)
-    load_part(unet, content["ema"]["shadow"], path)
+    load_part(unet, content["ema"]["shadow"], content["path"])
     return unet.requires_grad_(False).eval(), config
 
 
-def load_interpolation(run: Run, image) -> nn.Module:
-    path, remedy = run.config.folder() / NAME / "interpolation.pt", command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+def load_interpolation(run: Run, image: ImageModel) -> nn.Module:
+    content = run.trained(NAME, image.lineage, "interpolation.pt")
     model = Interpolator(config_of(Config, content), image)
-    load_part(model, content["ema"]["shadow"], path)
+    load_part(model, content["ema"]["shadow"], content["path"])
     return model.requires_grad_(False).eval()
 
 
 # %% Figures and numbers
 
 
-def decoded(run: Run, image, z: torch.Tensor) -> torch.Tensor:
+def decoded(run: Run, image: ImageModel, z: torch.Tensor) -> torch.Tensor:
     """Latents b t c h w to frames b t 3 H W."""
-    with run.autocast():
-        return image.decode(z.flatten(0, 1), z.shape[1])
+    return image.decode(z.flatten(0, 1), z.shape[1])
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image, unet: nn.Module, model: nn.Module) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: nn.Module, model: nn.Module) -> None:
     fps = config.final_fps / 16
-    real = source.clips((config.seed, lesson02.HELD_OUT), config.samples, config.frames, fps, "held-out")
+    real = source.clips((config.seed, HELD_OUT), config.samples, config.frames, fps, "held-out")
     text = tokens(image.conditioner, real)
     video = decoded(run, image, sample_key_frames(unet, image, text, text, config.frames, config, run, label="samples"))
     if source.labelled:
@@ -422,10 +379,9 @@ def evaluate(run: Run, config: Config, source, image, unet: nn.Module, model: nn
     beyond_training(run, config, image, unet, real)
     strips = []
     for stage, name in enumerate(("T to 4T", "4T to 16T")):
-        clips = source.clips((config.seed, lesson02.HELD_OUT, stage), 12 if config.samples > 12 else 1, lesson06.FRAMES,
+        clips = source.clips((config.seed, HELD_OUT, stage), 12 if config.samples > 12 else 1, lesson06.FRAMES,
                              float(rate(torch.tensor(stage), config)), "held-out")
-        with run.autocast():
-            z = rearrange(image.encode(clips.video), "(b t) c h w -> b t c h w", b=len(clips))
+        z = rearrange(image.encode(clips.video), "(b t) c h w -> b t c h w", b=len(clips))
         ours = between(model, image, z[:, 0], z[:, -1], stage, tokens(image.conditioner, clips), config, run, stage)
         truth, ours = decoded(run, image, z), decoded(run, image, ours)
         weight = torch.linspace(0, 1, lesson06.FRAMES).view(1, -1, 1, 1, 1)
@@ -458,7 +414,7 @@ def report_alignment(run: Run, name: str, video: torch.Tensor, real: torch.Tenso
         run.report(what + name, float(ratio))
 
 
-def beyond_training(run: Run, config: Config, image, unet: nn.Module, real: Clips) -> None:
+def beyond_training(run: Run, config: Config, image: ImageModel, unet: nn.Module, real: Clips) -> None:
     """App. D, and what it costs: clips of 2 and 4 times the frames, attention masked or not, and of twice the size; the
     numbers stand beside those of the trained length and size. Many more clips, and 4 times the size: lesson 12."""
     few, reach, strips = real.pick(range(min(2, config.samples))), config.reach or 8, []
@@ -481,7 +437,7 @@ def beyond_training(run: Run, config: Config, image, unet: nn.Module, real: Clip
 # %% From a prompt to a video
 
 
-def frames_of(run: Run, config: Config, image) -> Iterator[torch.Tensor]:
+def frames_of(run: Run, config: Config, image: ImageModel) -> Iterator[torch.Tensor]:
     """The whole stack but the upsampler: key frames, two interpolation passes, decoder. 3 H W in [-1, 1] each."""
     unet, _ = load_key_frames(run, image)
     model, text = load_interpolation(run, image), tokens(image.conditioner, conditions(1, caption=config.prompt),

@@ -36,40 +36,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.data import Clips, DrivingScenes, frame_files
-from common.image_model import conditions
-from common.measures import colour_change, motion
-from common.media import fitted, open_picture
-from common.metrics import FrameReader, to_reader_size, train_reader
-from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import CaptionTokens
-from common.scenes import Scene, scene_behind, van_scene
-from common.training import (
-    EMA,
-    Amount,
-    Count,
-    Fraction,
-    Rate,
-    Run,
-    SamplingSteps,
-    TrainingConfig,
-    UserError,
-    Whole,
-    adamw,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
-    load_part,
-    parse,
-    preset_config,
-    training_cost,
-    training_loop,
-)
+from common.image_model import ImageModel, conditions
+from common.loop import Learner, load_part, training_loop
+from common.temporal import is_temporal
+from extra.metrics import FrameReader, to_reader_size, train_reader
+from extra.plan import dry_run, training_cost
+from extra.pretrained import CaptionTokens
+from kit.data import HELD_OUT, Clips, DrivingScenes, frame_files
+from kit.errors import UserError, cli
+from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, TrainingConfig, Whole, parse, preset_config
+from kit.measures import colour_change, motion
+from kit.media import fitted, open_picture
+from kit.pictures import animation, plot_metrics, sheet
+from kit.run import Run, known_good
+from kit.scenes import Scene, scene_behind, van_scene
 
 lesson02 = import_module("02_image_ldm")
 lesson09 = import_module("09_text_to_video")
@@ -140,7 +120,8 @@ def asked(config: Config, places: Sequence[str], token: bool) -> Clips:
     return replace(conditions(len(places)), captions=[f"{name} {place}".strip() for place in places])
 
 
-def drawn(config: Config, image, key: int, count: int, frames: int, split: str = "train", scene=van_scene) -> Clips:
+def drawn(config: Config, image: ImageModel, key: int, count: int, frames: int, split: str = "train",
+          scene=van_scene) -> Clips:
     """Clips at the rate of key frames, of the van or of what else `scene` makes of the same drives."""
     source = DrivingScenes(image.config.height, image.config.width, config.final_fps, scene)
     return source.clips((config.seed, key), count, frames, config.final_fps / 16, split)
@@ -150,7 +131,7 @@ def places_of(vans: Clips) -> list[str]:
     return [caption.removeprefix("a purple van ") for caption in vans.captions]
 
 
-def subject(config: Config, image) -> tuple[torch.Tensor, Clips, Clips]:
+def subject(config: Config, image: ImageModel) -> tuple[torch.Tensor, Clips, Clips]:
     """Pictures n 1 3 H W, their captions, and the captions of the pictures of the class."""
     if config.instances:
         pictures = read_pictures(config.instances, image.config.height, image.config.width)
@@ -166,7 +147,7 @@ def subject(config: Config, image) -> tuple[torch.Tensor, Clips, Clips]:
 
 
 @torch.no_grad()
-def sample_prior(run: Run, config: Config, image, captions: Clips) -> torch.Tensor:
+def sample_prior(run: Run, config: Config, image: ImageModel, captions: Clips) -> torch.Tensor:
     """What the untuned model makes of the class: latents n c h w. It is taught to keep just that."""
     unet = image.unet().eval()
     return torch.cat([
@@ -184,17 +165,14 @@ def trainable(conditioner: nn.Module) -> nn.Module:
     return conditioner.requires_grad_(True)
 
 
-def train(run: Run, config: Config, image, pictures: torch.Tensor, captions: Clips, prior: torch.Tensor,
+def train(run: Run, config: Config, image: ImageModel, pictures: torch.Tensor, captions: Clips, prior: torch.Tensor,
           prior_captions: Clips) -> None:
     """Leaves checkpoint.pt. prior: latents n c h w."""
     model = lesson02.Conditioned(image.unet(), trainable(image.conditioner))
-    network = run.parallel(model)
-    optimizer, ema, diffusion = adamw(model, config.lr), EMA(model, config.ema_decay), image.diffusion
-    with run.autocast():
-        z = torch.cat([image.encode(pictures), prior])  # the subject's, then its class's: n c h w
+    learner, diffusion = Learner(run, model, config), image.diffusion
+    z = torch.cat([image.encode(pictures), prior])  # the subject's, then its class's: n c h w
     captions = captions.join(prior_captions)
-    parts = {"model": model, "optimizer": optimizer, "ema": ema}
-    for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
+    for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "dreambooth", step):
             one, other = share.integers(len(pictures)), len(pictures) + share.integers(len(prior))
             chosen = torch.stack([one, other], dim=1).flatten().tolist()  # (b 2): of the subject, and of its class
@@ -202,28 +180,23 @@ def train(run: Run, config: Config, image, pictures: torch.Tensor, captions: Cli
             tau = torch.stack([share.integers(diffusion.steps) for _ in range(2)], dim=1).flatten()
             eps = share.normal(x.shape)
             with run.autocast():
-                output = network(diffusion.diffuse(x, eps, tau), tau, captions.pick(chosen)).float()
+                output = learner.network(diffusion.diffuse(x, eps, tau), tau, captions.pick(chosen)).float()
             errors = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2, 3))
             instance, kept = errors.unflatten(0, (-1, 2)).mean(0)
             share.backward(instance + config.prior_weight * kept)
             run.log(instance=instance, prior=kept)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
+        learner.step(step)
 
 
-def load(run: Run, image):
+def load(run: Run, image: ImageModel):
     """The tuned image model: `image` with other spatial weights and another text encoder (both averaged)."""
-    path, remedy = run.config.folder() / NAME / "checkpoint.pt", command(NAME, run.config)
-    content = load_checkpoint(path, remedy)
-    check_lineage(content, image.lineage, path, remedy)
+    content = run.trained(NAME, image.lineage)
     weights = content["model"] | content["ema"]["shadow"]
     unet, conditioner = ({name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
                          for part in ("unet.", "conditioner."))
     tuned = copy.copy(image)
     tuned.weights, tuned.conditioner = unet, trainable(image.conditioner)
-    load_part(tuned.conditioner, conditioner, path)
+    load_part(tuned.conditioner, conditioner, content["path"])
     tuned.conditioner.requires_grad_(False)
     return tuned
 
@@ -239,8 +212,8 @@ def insert(video: nn.Module, tuned) -> nn.Module:
     return network
 
 
-def sample_videos(run: Run, config: Config, network: nn.Module, image, conditioner: nn.Module, wanted: Clips,
-                  plain: Clips, frames: int, label: str) -> torch.Tensor:
+def sample_videos(run: Run, config: Config, network: nn.Module, image: ImageModel, conditioner: nn.Module,
+                  wanted: Clips, plain: Clips, frames: int, label: str) -> torch.Tensor:
     """Frames b t 3 H W. wanted: what the spatial layers read, through `conditioner`; plain: the captions without the
     token, which the temporal layers read through the original one. The noise is the same in every call."""
     text, time_text = lesson09.tokens(conditioner, wanted), lesson09.tokens(image.conditioner, plain)
@@ -305,8 +278,9 @@ def report_consistency(run: Run, ours: torch.Tensor, untuned: torch.Tensor,
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, image, tuned, video: nn.Module, frames: int, pictures: torch.Tensor) -> None:
-    real = None if config.instances else drawn(config, image, lesson02.HELD_OUT, config.samples, frames, "held-out")
+def evaluate(run: Run, config: Config, image: ImageModel, tuned, video: nn.Module, frames: int,
+             pictures: torch.Tensor) -> None:
+    real = None if config.instances else drawn(config, image, HELD_OUT, config.samples, frames, "held-out")
     places = config.places if real is None else places_of(real)
     told, plain = asked(config, places, True), asked(config, places, False)
     network, found = insert(video, tuned), {}
@@ -317,7 +291,7 @@ def evaluate(run: Run, config: Config, image, tuned, video: nn.Module, frames: i
     z = lesson02.sample_images(tuned.unet(), tuned, told, config.guidance, run, config.ddim_steps, config.eta, "images")
     found["personalised images"] = lesson09.decoded(run, image, z[:, None])
     ours, untuned = found["personalised videos"], found["untuned videos"]
-    others = drawn(config, image, lesson02.HELD_OUT, config.samples, frames, "held-out", scene_behind) if real else None
+    others = drawn(config, image, HELD_OUT, config.samples, frames, "held-out", scene_behind) if real else None
     report_consistency(run, ours, untuned, (real.video, others.video) if real else None)
     if real:
         report_identity(run, config, image, found, real, others)
@@ -332,12 +306,11 @@ def evaluate(run: Run, config: Config, image, tuned, video: nn.Module, frames: i
     print(f"pictures: {run.folder}/instances.png, images.png, videos.png, personalised.gif, untuned.gif")
 
 
-def report_identity(run: Run, config: Config, image, found: dict, real: Clips, others: Clips) -> None:
+def report_identity(run: Run, config: Config, image: ImageModel, found: dict, real: Clips, others: Clips) -> None:
     """In which share of frames the van is seen: real ones first, to know what the reader's word is worth."""
 
     def through(video: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return image.decode(image.encode(video), video.shape[1])
+        return image.decode(image.encode(video), video.shape[1])
 
     size = (image.config.height, image.config.width)
     with torch.enable_grad():

@@ -29,16 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.blocks import TemporalOptions
-from common.data import Clips, open_data
+from common.blocks import channels_last
 from common.diffusion import guide
 from common.image_model import ImageModel, conditions
-from common.measures import flicker, psnr, seam
-from common.parallel import Share
-from common.pictures import animation, plot_metrics, sheet
-from common.pretrained import StableDiffusion
-from common.training import (
-    EMA,
+from common.loop import Learner, load_part, training_loop
+from common.portions import in_portions
+from common.temporal import TemporalOptions, is_temporal
+from common.unet import UNet
+from extra.plan import count, dry_run, training_cost
+from extra.pretrained import StableDiffusion
+from kit.data import HELD_OUT, Clips, Source, open_data
+from kit.errors import UserError, cli
+from kit.files import config_of
+from kit.flags import (
     Amount,
     Beta,
     Count,
@@ -46,33 +49,17 @@ from common.training import (
     Fraction,
     NoiseLevel,
     Rate,
-    Run,
     SamplingSteps,
     Spacing,
     TrainingConfig,
-    UserError,
     Whole,
-    adamw,
-    channels_last,
-    check_lineage,
-    cli,
-    clip_and_warm_up,
-    command,
-    config_of,
-    count,
-    dry_run,
-    is_temporal,
-    known_good,
-    load_checkpoint,
-    load_part,
     parse,
-    training_cost,
-    training_loop,
 )
-from common.unet import UNet
+from kit.measures import flicker, psnr, seam
+from kit.parallel import Share
+from kit.pictures import animation, plot_metrics, sheet
+from kit.run import Run, known_good
 
-lesson02 = import_module("02_image_ldm")
-lesson04 = import_module("04_decoder_finetune")
 lesson07 = import_module("07_upsampler")
 lesson09 = import_module("09_text_to_video")
 NAME = "11_latent_upsampler"
@@ -202,45 +189,39 @@ def train_part(unet: UNet, frames: int | None) -> None:
 
 def load(run: Run) -> tuple[UNet, ImageModel, Config]:
     """The trained upsampler (averaged weights) from OUT, what it works with, and its configuration."""
-    folder, remedy = run.config.folder() / NAME, command(NAME, run.config)
-    config = config_of(Config, load_checkpoint(folder / "checkpoint.pt", remedy))
+    config = config_of(Config, run.trained(NAME))
     config.out = str(run.config.folder())  # the folder may have moved since
     image = open_image(run, config)
     unet = network(config, image)
     for name, frames in stages(config):
-        content = load_checkpoint(folder / f"{name}.pt", remedy)
-        check_lineage(content, image.lineage, folder / f"{name}.pt", remedy)
+        content = run.trained(NAME, image.lineage, f"{name}.pt")
         train_part(unet, frames)
-        load_part(unet, content["ema"]["shadow"], folder / f"{name}.pt")
+        load_part(unet, content["ema"]["shadow"], content["path"])
     return unet.requires_grad_(False).eval(), image, config
 
 
 # %% Training: the image upsampler, then its temporal layers
 
 
-def train(run: Run, config: Config, source, image: ImageModel, unet: UNet) -> None:
+def train(run: Run, config: Config, source: Source, image: ImageModel, unet: UNet) -> None:
     for name, frames in stages(config):
         train_part(unet, frames)
         steps, batch, lr = config.steps, config.batch, config.lr
         if frames is None:
             steps, batch, lr = config.image_steps, config.image_batch, config.image_lr
-        network, optimizer, ema = run.parallel(unet), adamw(unet, lr), EMA(unet, config.ema_decay)
-        parts = {"model": unet, "optimizer": optimizer, "ema": ema}
+        learner = Learner(run, unet, config, lr)
         metrics = "metrics.csv" if frames else "image.csv"
-        for step in training_loop(run, steps, parts, {"lineage": image.lineage}, f"{name}.pt", metrics):
+        for step in training_loop(run, steps, learner.parts, {"lineage": image.lineage}, f"{name}.pt", metrics):
             for share in run.shares(batch, "diffusion", frames, step):
-                loss = upsampling_loss(run, config, source, image, network, share, step, frames)
+                loss = upsampling_loss(run, config, source, image, learner.network, share, step, frames)
                 share.backward(loss)
                 run.log(loss=loss)
-            clip_and_warm_up(optimizer, step, lr, config.warmup)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
-        ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
+            learner.step(step)
+        learner.ema.use()  # the temporal layers are trained on the averaged image upsampler, and both are judged so
 
 
-def upsampling_loss(run: Run, config: Config, source, image: ImageModel, network: Callable, share: Share, step: int,
-                    frames: int | None) -> torch.Tensor:
+def upsampling_loss(run: Run, config: Config, source: Source, image: ImageModel, network: Callable, share: Share,
+                    step: int, frames: int | None) -> torch.Tensor:
     """Eq. (5), on latents, on images (frames None) or clips, for a share of the batch."""
     diffusion, (numbers, of) = lesson07.make_diffusion(config, run.device), lesson07.cut_from(share)
     clips = source.clips((config.seed, 12, step, frames or 0), numbers, frames or 1, config.fps or config.final_fps)
@@ -283,7 +264,7 @@ def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: It
     level = torch.full((1,), config.level, device=run.device)
     with run.autocast():
         told, nothing = lesson09.tokens(image.conditioner, text)  # 1 n d
-    for number, (part, new) in enumerate(lesson04.in_portions(small, config.frames)):
+    for number, (part, new) in enumerate(in_portions(small, config.frames)):
         draw, t = run.generator("upsample", *key, number), len(part)
         low = torch.randn(part.shape, generator=draw).to(run.device)
         low = diffusion.diffuse(part.to(run.device), low, level)
@@ -298,8 +279,7 @@ def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: It
 
         noise = torch.randn(t, image.shape[0], *part.shape[-2:], generator=draw).to(run.device)
         z = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, label=label, power=config.power)
-        with run.autocast():
-            large = image.decode(z[-new:], new, chunk=1)  # large frames fill the memory: one at a time
+        large = image.decode(z[-new:], new, chunk=1)  # large frames fill the memory: one at a time
         yield from large[0]
 
 
@@ -307,9 +287,9 @@ def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: It
 
 
 @torch.no_grad()
-def evaluate(run: Run, config: Config, source, image: ImageModel, unet: UNet) -> None:
+def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: UNet) -> None:
     length = config.frames + config.frames // 2  # two portions, the second overlapping backwards
-    held_out = source.clips((config.seed, lesson02.HELD_OUT), config.samples, length, config.final_fps, "held-out")
+    held_out = source.clips((config.seed, HELD_OUT), config.samples, length, config.final_fps, "held-out")
     real = held_out.video
     small = lesson07.shrink(real)
     videos = {"bilinear": F.interpolate(small.flatten(0, 1), scale_factor=SCALE, mode="bilinear").view_as(real)}
@@ -319,8 +299,8 @@ def evaluate(run: Run, config: Config, source, image: ImageModel, unet: UNet) ->
             text = conditions(1, caption=caption)
             clips.append(list(upsampled(run, config, image, unet, small[i], text, i, video=video, label=name)))
         videos[name] = torch.stack([torch.stack(clip) for clip in clips])
-    with run.autocast():  # what can be reached: the true large frames, encoded and decoded one by one
-        frames = [image.decode(image.encode(frame[None, None])) for frame in real.flatten(0, 1)]
+    # what can be reached: the true large frames, encoded and decoded one by one
+    frames = [image.decode(image.encode(frame[None, None])) for frame in real.flatten(0, 1)]
     videos["autoencoder alone"] = torch.cat(frames).view_as(real)
     for name, clips in videos.items():
         run.report(f"PSNR, {name}", psnr(clips, real), "dB")

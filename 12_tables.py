@@ -42,10 +42,10 @@ from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common.data import Clips, VideoFolder, nearest, open_data
-from common.image_model import conditions
-from common.measures import flicker, motion, psnr, sharpness
-from common.metrics import (
+from common.blocks import channels_last
+from common.image_model import ImageModel, conditions
+from common.loop import load_part
+from extra.metrics import (
     READER_SIZE,
     CaptionReader,
     ClipReader,
@@ -68,25 +68,13 @@ from common.metrics import (
     same_protocol,
     train_reader,
 )
-from common.pictures import plt, save_figure, sheet
-from common.training import (
-    CHECKPOINTS,
-    Amount,
-    BaseConfig,
-    Count,
-    Run,
-    SamplingSteps,
-    UserError,
-    Whole,
-    channels_last,
-    cli,
-    load_checkpoint,
-    load_part,
-    one_process,
-    parse,
-    preset_config,
-    write_text,
-)
+from kit.data import Clips, Source, VideoFolder, nearest, open_data
+from kit.errors import UserError, cli
+from kit.files import CHECKPOINTS, load_checkpoint, write_text
+from kit.flags import Amount, BaseConfig, Count, SamplingSteps, Whole, parse, preset_config
+from kit.measures import flicker, motion, psnr, sharpness
+from kit.pictures import plt, save_figure, sheet
+from kit.run import Run, one_process
 
 lesson02 = import_module("02_image_ldm")
 lesson03 = import_module("03_temporal_layers")
@@ -260,7 +248,7 @@ class World:
     def matched_steps(self, steps: int, pixel, latent) -> int:
         """So many steps of the pixel model cost what `steps` of the latent one do (FLOPs of a forward pass)."""
 
-        def cost(image) -> int:
+        def cost(image: ImageModel) -> int:
             x, unet = torch.zeros(1, *image.shape), image.unet()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 unet(x, torch.zeros(1, dtype=torch.long), image.conditioner(conditions(1)))
@@ -369,9 +357,8 @@ def continued(world: World, variant: str, first: torch.Tensor, labels: Clips, le
     return z[:, :length]
 
 
-def decoded(image, run: Run, z: torch.Tensor) -> torch.Tensor:
-    with run.autocast():
-        return image.decode(rearrange(z, "b t c h w -> (b t) c h w"), z.shape[1])
+def decoded(image: ImageModel, run: Run, z: torch.Tensor) -> torch.Tensor:
+    return image.decode(rearrange(z, "b t c h w -> (b t) c h w"), z.shape[1])
 
 
 def in_parts(labels: Clips, make: Callable[[Clips, int], torch.Tensor], size: int = 64) -> torch.Tensor:
@@ -432,7 +419,7 @@ def features(world: World, video: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def real_features(world: World, source, frames: int, fps: float) -> dict[str, torch.Tensor]:
+def real_features(world: World, source: Source, frames: int, fps: float) -> dict[str, torch.Tensor]:
     """Features of the references, by distance; the clips themselves are not kept."""
     count = world.config.references
 
@@ -453,7 +440,8 @@ def network_name(world: World, metric: str) -> str:
     return f"{type(reader).__name__} {checksum(reader)}"
 
 
-def score(world: World, video: torch.Tensor, fps: float, source=None) -> dict[str, dict]:
+def score(world: World, video: torch.Tensor, fps: float,
+                  source: Source | None = None) -> dict[str, dict]:
     """Distances to real clips of the same length, rate and size; inception score; consistency of motion."""
     source, frames = source or world.source, video.shape[1]
     real, size = real_features(world, source, frames, fps), f"{video.shape[-2]} x {video.shape[-1]}"
@@ -476,7 +464,7 @@ def plain(metric: str, value: float, video: torch.Tensor, fps: float, network: s
     return {metric: number(value, Protocol(metric, network, t, fps, f"{height} x {width}", n, 0))}
 
 
-def real_clips(world: World, frames: int, fps: float, source=None, count: int = 0) -> torch.Tensor:
+def real_clips(world: World, frames: int, fps: float, source: Source | None = None, count: int = 0) -> torch.Tensor:
     """Other real clips than the references: the floor of a table. Others for every seed."""
     source, count = source or world.source, count or world.config.samples
     key = (OTHER_REAL, world.seed)
@@ -585,7 +573,8 @@ def ablation_rows() -> Iterator[Row]:
             w, generated(w, guidance=s), key_rate(w)))
 
 
-def against_truth(world: World, video: torch.Tensor, truth: torch.Tensor, fps: float, source=None) -> dict[str, dict]:
+def against_truth(world: World, video: torch.Tensor, truth: torch.Tensor, fps: float,
+                  source: Source | None = None) -> dict[str, dict]:
     """The score, and what can be measured where the true frames are known."""
     found = score(world, video, fps, source) | plain("flicker", flicker(video, truth), video, fps)
     return found | plain("PSNR", min(psnr(video, truth), 99.0), video, fps)
@@ -707,8 +696,7 @@ def future_rows() -> Iterator[Row]:
         starts = asked(w).pick(range(w.config.samples // each))
 
         def part(labels: Clips, start: int) -> torch.Tensor:
-            with run.autocast():
-                first = image.encode(labels.video[:, :1])
+            first = image.encode(labels.video[:, :1])
             return decoded(image, run, continued(w, "", first, labels, w.config.frames, guidance, start))
 
         video = in_parts(starts.repeat(each), part)
@@ -735,8 +723,7 @@ def interpolation_rows(passes: int) -> Iterator[Row]:
         image = w.image()
 
         def part(labels: Clips, start: int) -> torch.Tensor:
-            with run.autocast():
-                z = rearrange(image.encode(labels.video[:, [0, -1]]), "(b t) c h w -> b t c h w", t=2)
+            z = rearrange(image.encode(labels.video[:, [0, -1]]), "(b t) c h w -> b t c h w", t=2)
             for stage in range(passes):  # the second pass works on what the first one made
                 pairs = z.shape[1] - 1
                 ends = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)
@@ -847,8 +834,7 @@ def draw_boxes(world: World, images: torch.Tensor) -> None:
         for x0, y0, x1, y1 in corners[corners.any(1)].round().long().tolist():  # the other slots hold no car
             outline[:, y0:y1, x0:x1] = 1
             outline[:, y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = -1
-        with run.autocast():
-            first = image.encode(images[[i, i]])
+        first = image.encode(images[[i, i]])
         futures = decoded(image, run, continued(world, "", first, clips.pick([i, i]), 4, 1.0, 7000 + i))
         rows.append(torch.cat([clips.video[i, :1], outline[None], images[i], futures[0, 1:4], futures[1, 1:4]]))
     folder = Path(world.config.results)

@@ -28,7 +28,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common.training import CHECKPOINTS, UserError, cli, write_text  # noqa: E402
+from kit.errors import UserError, cli  # noqa: E402
+from kit.files import CHECKPOINTS, write_text  # noqa: E402
 
 PARTS = ("correct", "fast", "video")
 

@@ -51,26 +51,22 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the lessons are scripts beside this folder
 
-from common.blocks import TemporalOptions  # noqa: E402
+from common.blocks import channels_last  # noqa: E402
 from common.diffusion import Diffusion, guide  # noqa: E402
-from common.parallel import hasten  # noqa: E402
-from common.pictures import plt, save_figure  # noqa: E402
-from common.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
-from common.training import (  # noqa: E402
-    CHECKPOINTS,
-    Run,
-    UserError,
-    adamw,
-    channels_last,
-    cli,
+from common.loop import adamw  # noqa: E402
+from common.temporal import (  # noqa: E402
+    TemporalOptions,  # noqa: E402
     is_temporal,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    preset_config,
-    write_text,
+    train_temporal_only,
 )
 from common.unet import UNet  # noqa: E402
+from extra.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
+from kit.errors import UserError, cli  # noqa: E402
+from kit.files import CHECKPOINTS, write_text  # noqa: E402
+from kit.flags import preset_config  # noqa: E402
+from kit.parallel import hasten  # noqa: E402
+from kit.pictures import plt, save_figure  # noqa: E402
+from kit.run import Run, keep_freed_memory, pick_device, pick_dtype  # noqa: E402
 
 WHAT = ("unet", "sampling", "training", "decoder", "long", "growth", "large")
 AGAINST = ("diffusers", "lucidrains")
@@ -393,7 +389,7 @@ def ours_of_width(width: int) -> nn.Module:
 
 def training_rows(clock: Clock) -> list[dict]:
     """Steps of the lessons as they are, data and logging included, on the weights in checkpoints/."""
-    from common.data import open_data
+    from kit.data import open_data
 
     lesson02, rows = importlib.import_module("02_image_ldm"), []
     with tempfile.TemporaryDirectory() as out:
@@ -513,7 +509,7 @@ def growth_rows(clock: Clock) -> list[dict]:
 
 def steps_of_size(clock: Clock, frames: int = 8, pixels: int = 512, batch: int = 1) -> list[float]:
     unet = channels_last(ours_of_width(64)).to(clock.device)
-    unet.train_temporal_only()
+    train_temporal_only(unet)
     height = round((pixels / 2) ** 0.5)
     x = torch.randn(batch * frames, 4, height, 2 * height, device=clock.device)
     tau, text = torch.full((batch,), 500, device=clock.device), torch.randn(batch, 1, TEXT, device=clock.device)

@@ -1,1 +1,1 @@
-"""What three or more lessons use unchanged; everything that is the subject of a lesson stands in its script."""
+"""What a reader reads, and lessons share: the networks, the diffusion process, the image model, the loop."""

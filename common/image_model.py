@@ -3,7 +3,9 @@
 Lesson 2 trains it; from lesson 3 on it is frozen. `config` is the Config of lesson 2.
 """
 
+import contextlib
 import zlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,14 @@ from einops import rearrange
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
-from common.blocks import TemporalOptions, sinusoids
-from common.data import Clips
+from common.blocks import channels_last, sinusoids
 from common.diffusion import Diffusion
-from common.scenes import MAX_CARS
-from common.training import UserError, channels_last
+from common.temporal import TemporalOptions
 from common.unet import UNet
+from kit.data import Clips
+from kit.errors import UserError
+from kit.run import Run
+from kit.scenes import MAX_CARS
 
 # %% Conditions to tokens
 
@@ -88,7 +92,12 @@ def build_autoencoder(config, block: type[nn.Module] = ResnetBlock) -> Autoencod
 
 
 class ImageModel:
-    """The image LDM as later lessons see it: configuration, autoencoder, conditioner, diffusion, spatial weights."""
+    """The image LDM as later lessons see it: configuration, autoencoder, conditioner, diffusion, spatial weights.
+
+    autocast: what frames are encoded and decoded, and networks sampled, under; a run's, where there is one.
+    """
+
+    autocast: Callable = contextlib.nullcontext
 
     def __init__(self, config, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, device
@@ -125,15 +134,27 @@ class ImageModel:
         frames = rearrange(video, "b t c h w -> (b t) c h w").to(self.device)
         if frames.shape[1:] == self.shape:
             return frames
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             return self.autoencoder.encode(frames.contiguous(memory_format=torch.channels_last)).float()
 
     def decode(self, z: torch.Tensor, frames: int = 1, chunk: int = 32) -> torch.Tensor:
         """Latents `(b t) c h w` to frames `b t 3 H W`, on the CPU, a chunk at a time."""
         if not self.config.pixel:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 z = torch.cat([self.autoencoder.decode(part).cpu() for part in z.split(chunk)])
         return rearrange(z.float().cpu().clamp(-1, 1), "(b t) c h w -> b t c h w", t=frames)
+
+    def sample(self, run: Run, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor,
+               steps: int, eta: float, *key: object, power: float = 1.0, label: str = "") -> torch.Tensor:
+        """DDIM from `noise`, (b t) c h w, to latents. predict(z_tau, tau of every row) gives the network's output; the
+        noise that eta > 0 draws afresh depends on `key`. See Diffusion.ddim."""
+
+        def output(z_tau: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+            with self.autocast():
+                return predict(z_tau, tau)
+
+        clamp = 1.0 if self.config.pixel else None  # pixels have a range, latents none
+        return self.diffusion.ddim(output, noise, steps, eta, run.generator("ddim", *key), clamp, label, power)
 
     @property
     def lineage(self) -> dict:
@@ -141,3 +162,11 @@ class ImageModel:
         scale = 1.0 if self.config.pixel else float(self.autoencoder.scale)
         size = {"height": self.config.height, "width": self.config.width}
         return {"data": self.config.data_name(), **size, "latent_scale": scale}
+
+
+def planned_input(image: ImageModel, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Latents of a clip, its diffusion time and its context, on the meta device."""
+    with torch.device("meta"):
+        tokens = {"none": 0, "labels": 1, "boxes": MAX_CARS, "text": Conditioner.LENGTH}[image.config.condition]
+        context = torch.zeros(1, tokens, image.config.context_dim) if tokens else None
+        return torch.zeros(frames, *image.shape), torch.zeros(1), context

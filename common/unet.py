@@ -8,17 +8,8 @@ from einops import repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.blocks import (
-    Clip,
-    ResBlock,
-    SpatialTransformer,
-    SpatialVideoTransformer,
-    TemporalOptions,
-    VideoResBlock,
-    group_norm,
-    sinusoids,
-    zero,
-)
+from common.blocks import ResBlock, SpatialTransformer, channels_last, group_norm, sinusoids, zero
+from common.temporal import Clip, SpatialVideoTransformer, TemporalOptions, VideoResBlock
 
 
 class Downsample(nn.Module):
@@ -46,10 +37,14 @@ class Block(nn.Sequential):
         self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, clip: Clip | None
     ) -> torch.Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
+            if isinstance(layer, VideoResBlock):
                 x = layer(x, emb, clip)
-            elif isinstance(layer, SpatialTransformer):
+            elif isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialVideoTransformer):
                 x = layer(x, context, clip)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
             else:
                 x = layer(x)
         return x
@@ -163,24 +158,9 @@ class UNet(nn.Module):
             new.weight[:, : old.in_channels] = old.weight
             new.bias.copy_(old.bias)
         # like all others: one layer that is not puts the whole first level in the slower memory format
-        self.input_blocks[0][0] = new.to(memory_format=torch.channels_last)
+        self.input_blocks[0][0] = channels_last(new)
 
     def pyramid(self, known: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
         """c_S resized to every level by averaging (the mask is constant over a frame and stays 0 or 1)."""
         sizes = {(known.shape[-2] // 2**k, known.shape[-1] // 2**k) for k in range(self.factor.bit_length())}
         return {size: F.adaptive_avg_pool2d(known, size) for size in sizes}
-
-    def train_temporal_only(self) -> None:
-        """Freezes everything but the temporal layers: theta stays, phi learns (Eq. 2)."""
-        from common.training import is_temporal
-
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_temporal(name))
-
-    def alphas(self) -> dict[str, torch.Tensor]:
-        """alpha of every temporal layer, by name, in the order of the network."""
-        return {
-            name.removesuffix(".time_mixer.mix_factor"): p.detach().float().sigmoid()
-            for name, p in self.named_parameters()
-            if name.endswith("mix_factor")
-        }

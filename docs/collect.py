@@ -103,7 +103,8 @@ GENERATED = (
 def write_expected(out: Path) -> None:
     """docs/expected/NN.csv from a finished run of a preset: losses at a tenth, a third and the end, and all numbers."""
     sys.path.insert(0, str(DOCS.parent))
-    from common.training import RUNTIME_FIELDS, mean_before, preset_config
+    from kit.flags import RUNTIME_FIELDS, preset_config
+    from kit.run import mean_before
 
     for folder in sorted(out.glob("??_*")):
         if "-" in folder.name or not (folder / "numbers.json").exists():

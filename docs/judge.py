@@ -16,10 +16,16 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common.blocks import TemporalOptions  # noqa: E402
-from common.data import open_data  # noqa: E402
 from common.image_model import ImageModel  # noqa: E402
-from common.training import EMA, Run, UserError, cli, is_temporal, preset_config  # noqa: E402
+from common.loop import EMA  # noqa: E402
+from common.temporal import (  # noqa: E402
+    TemporalOptions,  # noqa: E402
+    is_temporal,
+)
+from kit.data import open_data  # noqa: E402
+from kit.errors import UserError, cli  # noqa: E402
+from kit.flags import preset_config  # noqa: E402
+from kit.run import Run  # noqa: E402
 
 
 class Judged(Run):
@@ -36,7 +42,7 @@ def trained(run: Run, image: ImageModel, lesson) -> nn.Module:
     if hasattr(lesson, "load"):
         return lesson.load(run, image)[0]
     options = TemporalOptions(alpha_frames=run.config.alpha_frames, ff_mult=run.config.feed_forward)
-    unet, weights = image.unet(options), lesson.load_temporal(run, image)
+    unet, weights = image.unet(options), run.trained(lesson.NAME, image.lineage)["ema"]["shadow"]
     assert all(is_temporal(name) for name in weights)
     unet.load_state_dict(weights, strict=False)
     return unet.requires_grad_(False).eval()

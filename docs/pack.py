@@ -19,7 +19,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common.training import CHECKPOINTS, UserError, cli, load_checkpoint, save_checkpoint, write_text  # noqa: E402
+from kit.errors import UserError, cli  # noqa: E402
+from kit.files import CHECKPOINTS, load_checkpoint, save_checkpoint, write_text  # noqa: E402
 
 CURVES = {  # file of weights: file of its losses
     "02_image_ldm/autoencoder.pt": "autoencoder.csv",
@@ -63,6 +64,7 @@ def pack(out: Path) -> None:
         if not path.exists():
             continue
         content = load_checkpoint(path, "the lesson that is named like its folder")
+        content["config"]["out"] = ""  # where it lay is nobody's business
         weights = {"ema": {"shadow": half(content["ema"]["shadow"])}} if "ema" in content else {
             "reader": half(content["reader"])}
         target.parent.mkdir(parents=True, exist_ok=True)

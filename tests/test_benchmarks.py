@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.training import UserError
+from kit.errors import UserError
 
 spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "run.py")
 bench = importlib.util.module_from_spec(spec)

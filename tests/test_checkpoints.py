@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.metrics import checksum
-from common.training import CHECKPOINTS, UserError, load_checkpoint, preset_config
+from extra.metrics import checksum
+from kit.errors import UserError
+from kit.files import CHECKPOINTS, load_checkpoint
+from kit.flags import preset_config
 from tests.test_scripts import ROOT, start
 
 lesson08, tables = import_module("08_sample_long"), import_module("12_tables")

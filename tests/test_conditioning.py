@@ -5,11 +5,14 @@ from importlib import import_module
 import pytest
 import torch
 
-from common.blocks import TemporalOptions
-from common.data import DrivingScenes
 from common.image_model import Conditioner, ImageModel, conditions
-from common.parallel import Share
-from common.training import UserError, count, is_temporal, preset_config
+from common.portions import faded, in_portions
+from common.temporal import TemporalOptions, grow, is_temporal
+from extra.plan import count
+from kit.data import DrivingScenes
+from kit.errors import UserError
+from kit.flags import preset_config
+from kit.parallel import Share
 from tests.test_network import randomise
 
 lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
@@ -57,7 +60,7 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     config = preset_config(lesson05.Config, lesson05.PRESETS, "smoke")
     old = randomise(image.unet(TemporalOptions(ff_mult=config.feed_forward)), 3).state_dict()
     unet = lesson05.build(config, image)
-    lesson03.grow(unet, {name: value for name, value in old.items() if is_temporal(name)})
+    grow(unet, {name: value for name, value in old.items() if is_temporal(name)})
     new = unet.state_dict()
     name = "input_blocks.1.0.time_stack.in_layers.2.weight"
     width = old[name].shape[1]
@@ -69,7 +72,7 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     assert tokens[width:].eq(1).all()
     other = image.unet(TemporalOptions(ff_mult=2 * config.feed_forward)).state_dict()
     with pytest.raises(UserError, match="--feed-forward"):
-        lesson03.grow(unet, {name: value for name, value in other.items() if is_temporal(name)})
+        grow(unet, {name: value for name, value in other.items() if is_temporal(name)})
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])
@@ -103,7 +106,7 @@ def test_small_frames_are_averages() -> None:
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 12, 13, 17])
 def test_portions_are_full_and_cover_every_frame_once(length: int) -> None:
     given = []
-    for part, new in lesson04.in_portions(torch.arange(length), 6):
+    for part, new in in_portions(torch.arange(length), 6):
         assert len(part) == min(6, length)  # the last one overlaps backwards
         given += part[-new:].tolist()
     assert given == list(range(length))
@@ -112,12 +115,12 @@ def test_portions_are_full_and_cover_every_frame_once(length: int) -> None:
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 10, 13, 25])
 @pytest.mark.parametrize("overlap", [0, 1, 2])
 def test_portions_fade_into_each_other(length: int, overlap: int) -> None:
-    portions = list(lesson04.in_portions(torch.arange(length).float(), 6, overlap))
+    portions = list(in_portions(torch.arange(length).float(), 6, overlap))
     assert all(len(part) - new >= overlap for part, new in portions[1:])
-    given = [round(float(x), 4) for x in lesson04.faded(portions, overlap)]
+    given = [round(float(x), 4) for x in faded(portions, overlap)]
     assert given == list(range(length))  # nothing is lost, nothing comes twice
     shifted = [(part + 100 * i, new) for i, (part, new) in enumerate(portions)]  # portions that disagree by 100
-    steps = torch.stack(list(lesson04.faded(shifted, overlap))).diff() - 1
+    steps = torch.stack(list(faded(shifted, overlap))).diff() - 1
     assert length == 1 or float(steps.max()) <= 100 / (overlap + 1) + 1e-3
 
 

@@ -1,4 +1,4 @@
-"""common/data.py: frames by time stamp, crops, splits, labels, and notes on clips that cannot serve."""
+"""kit/data.py: frames by time stamp, crops, splits, labels, and notes on clips that cannot serve."""
 
 import sys
 from importlib import import_module
@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data
-from common.data import VideoFolder, open_data
-from common.latents import with_latents
-from common.training import Run, UserError, preset_config
+from extra.latents import with_latents
+from kit import data
+from kit.data import VideoFolder, open_data
+from kit.errors import UserError
+from kit.flags import preset_config
+from kit.run import Run
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,11 @@ from PIL import Image
 from torch import nn
 
 from common.autoencoder import Autoencoder
-from common.blocks import TemporalOptions
-from common.parallel import hasten
-from common.training import channels_last, preset_config
+from common.blocks import channels_last
+from common.temporal import TemporalOptions
 from common.unet import UNet
+from kit.flags import preset_config
+from kit.parallel import hasten
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.training import UserError, load_checkpoint, save_checkpoint  # noqa: E402
+from kit.errors import UserError  # noqa: E402
+from kit.files import load_checkpoint, save_checkpoint  # noqa: E402
 
 SAVE_EVERY = 4
 SCRIPTS = {  # and the flags that make them run long enough to be killed

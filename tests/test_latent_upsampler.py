@@ -9,9 +9,12 @@ import torch
 
 from common.autoencoder import Autoencoder
 from common.image_model import ImageModel, conditions
-from common.measures import seam
-from common.training import Run, UserError, is_temporal, preset_config
+from common.temporal import is_temporal
 from common.unet import UNet
+from kit.errors import UserError
+from kit.flags import preset_config
+from kit.measures import seam
+from kit.run import Run
 from tests.test_network import randomise
 from tests.test_scripts import assert_known_good
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import Recording, VideoFolder, examine, open_data, read
-from common.media import BT601, BT709, LIMITED, open_picture, video_frames
-from common.pictures import VideoWriter
-from common.training import UserError
+from kit.data import Recording, VideoFolder, examine, open_data, read
+from kit.errors import UserError
+from kit.media import BT601, BT709, LIMITED, open_picture, video_frames
+from kit.pictures import VideoWriter
 
 MEDIA = Path(__file__).parent / "media"
 

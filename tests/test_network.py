@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from common.autoencoder import Autoencoder
-from common.blocks import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, group_norm
+from common.blocks import channels_last, group_norm
 from common.image_model import ImageModel
-from common.training import adamw, channels_last, clip_and_warm_up, count, is_temporal, preset_config
+from common.loop import adamw, clip_and_warm_up
+from common.temporal import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, is_temporal, train_temporal_only
 from common.unet import UNet
+from extra.plan import count
+from kit.flags import preset_config
 
 SMALL = dict(in_channels=4, out_channels=4, channels=16, multipliers=(1, 2), depth=1, attention=(1, 2), heads=2)
 OPTIONS = TemporalOptions(context_dim=8, known_channels=5, known_features=16)
@@ -72,7 +75,7 @@ def test_a_new_video_network_starts_as_the_image_model() -> None:
 def test_temporal_weights_learn_from_the_first_step() -> None:
     video = UNet(**SMALL, context_dim=8, temporal=OPTIONS)
     video.load_state_dict(randomise(UNet(**SMALL, context_dim=8)).state_dict(), strict=False)
-    video.train_temporal_only()
+    train_temporal_only(video)
     video_call(video, inputs()).square().mean().backward()
     last = [p for n, p in video.named_parameters() if "time_stack" in n and n.endswith("ff.net.2.weight")]
     assert last and all(p.grad.abs().max() > 0 for p in last)

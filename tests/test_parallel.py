@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.parallel import Share, divide
-from common.training import UserError, load_checkpoint
+from kit.errors import UserError
+from kit.files import load_checkpoint
+from kit.parallel import Share, divide
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--preset", "smoke", "--precision", "float32", "--threads", "1"]

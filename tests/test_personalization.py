@@ -12,9 +12,12 @@ from PIL import Image
 from torch import nn
 
 from common.image_model import Conditioner
-from common.pretrained import CaptionTokens, TextEncoder
-from common.scenes import Scene, scene_behind, van_scene
-from common.training import Run, UserError, is_temporal, preset_config
+from common.temporal import is_temporal
+from extra.pretrained import CaptionTokens, TextEncoder
+from kit.errors import UserError
+from kit.flags import preset_config
+from kit.run import Run
+from kit.scenes import Scene, scene_behind, van_scene
 from tests.test_scripts import assert_known_good
 
 lesson02, lesson09, lesson10 = (

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from common.autoencoder import Autoencoder
-from common.blocks import TemporalOptions
-from common.pretrained import (
+from common.loop import adamw
+from common.temporal import TemporalOptions, is_temporal, train_temporal_only
+from common.unet import UNet
+from extra.pretrained import (
     SHAPES,
     StableDiffusion,
     TextEncoder,
@@ -27,8 +29,7 @@ from common.pretrained import (
     predicted,
     read_part,
 )
-from common.training import UserError, adamw, is_temporal
-from common.unet import UNet
+from kit.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
 # 256 channels: from 224 on both sides have 32 groups
@@ -445,7 +446,7 @@ def test_half_the_work_is_recomputed_with_the_same_gradients(released: tuple[Pat
     for checkpointing in (False, True):
         unet, _ = load_unet(released[0], TemporalOptions(context_dim=768))
         random_weights(unet)
-        unet.train_temporal_only()
+        train_temporal_only(unet)
         unet.checkpointing = checkpointing
         x, text = noise(4, 4, 8, 8), noise(2, 3, 768, seed=4)
         unet(x, torch.tensor([5, 900]), text, frames=2, time_context=text).square().sum().backward()
@@ -462,7 +463,7 @@ def test_one_training_step_at_full_size(shape: str) -> None:
     width = SHAPES[shape]["context_dim"]
     torch.manual_seed(0)
     unet = UNet(**SHAPES[shape], temporal=TemporalOptions(context_dim=width)).to(device)
-    unet.train_temporal_only()
+    train_temporal_only(unet)
     unet.checkpointing = True
     for module in unet.modules():  # a frozen matrix may stay in bfloat16: autocast would round it so each time
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and not module.weight.requires_grad:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.measures import colour_change
-from common.scenes import COLOURS, DASH_PERIOD, MAX_CARS, MIN_AREA, Scene
+from kit.measures import colour_change
+from kit.scenes import COLOURS, DASH_PERIOD, MAX_CARS, MIN_AREA, Scene
 
 KEY_FRAMES = np.arange(8) / (30 / 16)
 SEEDS = range(40)

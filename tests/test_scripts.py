@@ -16,7 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.training import LOCKS, Run, UserError, kind_of, known_good, lock, preset_config
+from kit.errors import UserError
+from kit.files import LOCKS, lock
+from kit.flags import kind_of, preset_config
+from kit.run import Run, known_good
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))

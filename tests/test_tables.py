@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data import DrivingScenes
-from common.metrics import (
+from extra.metrics import (
     FAULTS,
     ClipReader,
     Detector,
@@ -25,8 +24,10 @@ from common.metrics import (
     same_protocol,
     spoil,
 )
-from common.pictures import animation
-from common.training import UserError, preset_config
+from kit.data import DrivingScenes
+from kit.errors import UserError
+from kit.flags import preset_config
+from kit.pictures import animation
 from tests.test_scripts import ROOT, start
 
 tables = import_module("12_tables")

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.blocks import FrameAttention
 from common.image_model import ImageModel, conditions
-from common.metrics import said
-from common.training import UserError, is_temporal, preset_config
+from common.temporal import FrameAttention, is_temporal
+from extra.metrics import said
+from kit.errors import UserError
+from kit.flags import preset_config
 from tests.test_network import randomise
 from tests.test_scripts import assert_known_good
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data import Again, Clips, Recording, VideoFolder, read
-from common.training import Run, UserError, fingerprint
+from common.image_model import ImageModel
+from kit.data import Again, Clips, Recording, Source, VideoFolder, read
+from kit.errors import UserError
+from kit.files import fingerprint
+from kit.run import Run
 
 
-def with_latents(run: Run, source, image):
+def with_latents(run: Run, source: Source, image: ImageModel):
     """The source itself; with --cache-latents or --reuse, one whose clips hold latents where the video would be.
 
     Raises UserError for --cache-latents with the driving scenes, which never come twice.
@@ -28,8 +31,7 @@ def with_latents(run: Run, source, image):
         return source
 
     def encode(video: torch.Tensor) -> torch.Tensor:
-        with run.autocast():
-            return image.encode(video).unflatten(0, video.shape[:2])
+        return image.encode(video).unflatten(0, video.shape[:2])
 
     if not run.config.cache_latents:
         return Again(source.source, source.times, source.device, encode) if isinstance(source, Again) else source
@@ -41,7 +43,7 @@ def with_latents(run: Run, source, image):
 class LatentFolder:
     """Clips of a folder, `video` holding latents b t c h w, as ImageModel.encode takes them as well."""
 
-    def __init__(self, run: Run, source: VideoFolder, image) -> None:
+    def __init__(self, run: Run, source: VideoFolder, image: ImageModel) -> None:
         self.run, self.source, self.image, self.open = run, source, image, {}
         digest = hashlib.sha256(repr((source.height, source.width, float(image.autoencoder.scale))).encode())
         for name, value in sorted(image.autoencoder.state_dict().items()):
@@ -75,8 +77,7 @@ class LatentFolder:
             for start in range(0, count, chunk):
                 frames = read(recording, np.arange(start, min(start + chunk, count)), height, width)
                 video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
-                with self.run.autocast():
-                    kept[start : start + chunk] = self.image.encode(video).half().cpu().numpy()
+                kept[start : start + chunk] = self.image.encode(video).half().cpu().numpy()
             kept.flush()
             os.replace(part, path)
         except OSError as error:

@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common.blocks import FrameConv, group_norm
-from common.data import Clips, DrivingScenes
+from common.blocks import channels_last, group_norm
 from common.image_model import Conditioner
-from common.measures import box_mask
-from common.scenes import COLOURS, MAX_CARS, Scene
-from common.training import Run, UserError, adamw, channels_last, clip_and_warm_up, training_loop
+from common.loop import adamw, clip_and_warm_up, training_loop
+from common.temporal import FrameConv
+from kit.data import Clips, DrivingScenes
+from kit.errors import UserError
+from kit.measures import box_mask
+from kit.run import Run
+from kit.scenes import COLOURS, MAX_CARS, Scene
 
 READER_SIZE = (64, 128)  # frames are brought to this size before they are read, as to 224 x 224 for I3D
 

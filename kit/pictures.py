@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from common.media import BT601, BT709, HD, LIMITED
-from common.training import UserError
+from kit.errors import UserError
+from kit.media import BT601, BT709, HD, LIMITED
 
 matplotlib.use("Agg")  # no screen on a cluster
 import matplotlib.pyplot as plt  # noqa: E402

@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from common.autoencoder import Autoencoder, ResnetBlock
-from common.blocks import TemporalOptions
-from common.data import Clips, note
+from common.blocks import channels_last
 from common.diffusion import Diffusion
 from common.image_model import ImageModel
-from common.training import UserError, channels_last, fingerprint, is_temporal, load_checkpoint, save_checkpoint
+from common.temporal import TemporalOptions, is_temporal
 from common.unet import UNet
+from kit.data import Clips, note
+from kit.errors import UserError
+from kit.files import fingerprint, load_checkpoint, save_checkpoint
 
 Weights = dict[str, torch.Tensor]
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.", "text": "cond_stage_model."}

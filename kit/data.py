@@ -26,12 +26,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from common.media import (
+from kit.errors import UserError
+from kit.media import (
     ANIMATIONS,
     PICTURES,
     Frames,
@@ -45,10 +47,10 @@ from common.media import (
     video_frames,
     video_times,
 )
-from common.scenes import MAX_CARS, Scene
-from common.training import UserError
+from kit.scenes import MAX_CARS, Scene
 
 SPLITS = ("train", "held-out")
+HELD_OUT = 1_000_000_000  # keys of held-out batches begin here
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".wmv", ".flv", ".3gp")
 TEXTS = (".txt", ".csv")  # captions and labels
 COLUMNS = ("name", "night", "cars", "caption")  # of labels.csv
@@ -84,6 +86,15 @@ class Clips:
         """These clips and behind them the others."""
         both = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
         return Clips(**{name: a + b if name == "captions" else torch.cat([a, b]) for name, a, b in both})
+
+
+class Source(Protocol):
+    """Where clips come from: the built-in scenes, a folder of videos, and what prepares or keeps theirs."""
+
+    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
+              split: str = "train") -> Clips:
+        """`rows` clips (or of a batch those numbers) of so many frames at this rate; the same key, the same clips."""
+        ...
 
 
 def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:

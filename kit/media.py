@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.training import UserError
+from kit.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # numbered frames, or of a subject
 ANIMATIONS = (".gif", ".webp", ".apng", ".png")

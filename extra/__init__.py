@@ -1,0 +1,1 @@
+"""What builds on `common` and a reader need not read: released weights, metrics, the plans of dry runs."""
