@@ -19,6 +19,8 @@ Writes OUT/01_toy_alignment/: image.pt (image model), checkpoint.pt (temporal la
 losses), numbers.json, figure2.png, figure2.gif.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -45,32 +47,6 @@ from kit.run import Run, known_good
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-
-# %% Config
-
-
-@dataclasses.dataclass(kw_only=True)
-class Config(BaseConfig):
-    precision: str = "float32"  # float32; tensors this small gain nothing from less
-    image_steps: Whole = 1500  # training steps of the image model
-    image_batch: Count = 4096  # images a step
-    steps: Whole = 3500  # training steps of the temporal layers
-    batch: Count = 512  # clips a step
-    channels: Count = 64  # width of the MLP
-    layers: Count = 2  # spatial layers, each with a temporal layer behind it
-    lr: Rate = 4e-3  # learning rate after warm-up; it then falls as 1 / sqrt(1 + step / 300)
-    ema_decay: Fraction = 0.999  # decay of the averaged weights, which are the ones sampled with
-    ddim_steps: SamplingSteps = 150  # sampling steps, finer towards the data
-    clips: Count = 8192  # clips the numbers are measured on
-
-
-# The toy is the same whatever is built on it: gpu and the two models of the paper change nothing here.
-PRESETS = {
-    "smoke": {"image_steps": 20, "image_batch": 256, "steps": 20, "batch": 64, "channels": 16, "ddim_steps": 12,
-              "clips": 256},
-    "cpu": {}, "gpu": {}, "paper": {}, "biking": {},
-}
-
 
 # %% Data: three modes for a frame; for a clip one mode, and a stationary process inside it
 
@@ -252,6 +228,32 @@ def measure(clips: Tensor, data: Tensor) -> dict[str, float]:
     # In one dimension the Wasserstein-1 distance is the mean distance of the sorted values
     distance = (clips.sort(0).values - data.sort(0).values).abs().mean()
     return {"together": float(together.float().mean()), "lag1": lag1[0], "lag1_inside": lag1[1], "w1": float(distance)}
+
+
+# %% Settings
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config(BaseConfig):
+    precision: str = "float32"  # float32; tensors this small gain nothing from less
+    image_steps: Whole = 1500  # training steps of the image model
+    image_batch: Count = 4096  # images a step
+    steps: Whole = 3500  # training steps of the temporal layers
+    batch: Count = 512  # clips a step
+    channels: Count = 64  # width of the MLP
+    layers: Count = 2  # spatial layers, each with a temporal layer behind it
+    lr: Rate = 4e-3  # learning rate after warm-up; it then falls as 1 / sqrt(1 + step / 300)
+    ema_decay: Fraction = 0.999  # decay of the averaged weights, which are the ones sampled with
+    ddim_steps: SamplingSteps = 150  # sampling steps, finer towards the data
+    clips: Count = 8192  # clips the numbers are measured on
+
+
+# The toy is the same whatever is built on it: gpu and the two models of the paper change nothing here.
+PRESETS = {
+    "smoke": {"image_steps": 20, "image_batch": 256, "steps": 20, "batch": 64, "channels": 16, "ddim_steps": 12,
+              "clips": 256},
+    "cpu": {}, "gpu": {}, "paper": {}, "biking": {},
+}
 
 
 # %% Figure 2

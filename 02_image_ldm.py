@@ -20,6 +20,8 @@ The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the
 [[0.45, 0.5, 0.6, 0.7]].
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import dataclass
@@ -61,140 +63,6 @@ from kit.run import Run, known_good, one_process
 from kit.scenes import MAX_CARS
 
 NAME = "02_image_ldm"
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
-    pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
-    sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
-    height: Count = 64  # frame height in pixels
-    width: Count = 128  # frame width in pixels
-    # the autoencoder (Table 8)
-    ae_channels: Count = 32  # base width
-    ae_multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level; f = 2^(levels - 1)
-    ae_depth: Count = 1  # residual blocks per level
-    ae_attention: bool = False  # attention in the blocks of the lowest level
-    latent_channels: Count = 4  # channels of z
-    regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
-    codes: Count = 16384  # codebook size for vq
-    ae_steps: Whole = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
-    ae_batch: Count = 4  # frames per step; in minutes, many steps on few frames give most
-    ae_lr: Rate = 3e-3  # learning rate of autoencoder and discriminator
-    ae_steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    square_weight: Amount = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
-    kl_weight: Amount = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
-    gan_start: Whole = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
-    gan_weight: Amount = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
-    # the U-Net (Table 6)
-    channels: Count = 64  # base width
-    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
-    depth: Count = 1  # residual blocks per level
-    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
-    heads: Whole = 0  # attention heads; 0: from head_channels
-    head_channels: Whole = 32  # channels per head
-    context_dim: Whole = 64  # width of the condition tokens
-    fusion_layers: Whole = 2  # depth of the small transformer over boxes or words
-    # diffusion
-    schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # linear in sqrt(beta) (latents) or in beta (pixels)
-    beta_start: Beta = 0.0015  # first beta
-    beta_end: Beta = 0.0195  # last beta
-    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    steps: Whole = 2300  # training steps of the U-Net
-    batch: Count = 16  # frames per step
-    lr: Rate = 1e-3  # learning rate of the U-Net
-    warmup: Whole = 50  # steps of linear warm-up
-    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    ema_decay: Fraction = 0.998  # decay of the weight average
-    p_drop: Fraction = 0.3  # probability of dropping the condition; most samples of this course are unconditional
-    ddim_steps: SamplingSteps = 25  # sampling steps
-    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
-    guidance: Amount = 2.0  # scale of classifier-free guidance on the condition
-    samples: Count = 16  # pictures in samples.png and frames in the held-out numbers
-
-
-PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,
-             square_weight=0.0, ae_batch=64, ae_steps=200_000, gan_start=50_000, gan_weight=0.6, warmup=1,
-             ema_decay=0.9999, lr=1e-4, p_drop=0.1)
-PRESETS: dict[str, dict] = {
-    "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
-                  channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
-                  steps=4, batch=2, ddim_steps=3, samples=2),
-    "cpu": dict(ae_batch=8, ae_lr=2e-3, ae_steady=400, ae_steps=2400, gan_start=2250, steady=600),
-    "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
-                ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
-                attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999, warmup=1000,
-                p_drop=0.1, ddim_steps=100, save_every=2000),
-    # Tables 6 and 8, driving. Autoencoder: LDM's VQ-f8; its training length is not in the paper (a guess stands above).
-    # Attention resolutions 16, 8, 4 are widths of feature maps of 32-wide latents: factors 2, 4, 8.
-    "paper": PAPER
-    | dict(regularizer="vq", ae_attention=True, channels=224, multipliers=(1, 2, 2, 3, 4), depth=4,
-           attention=(2, 4, 8), context_dim=256, steps=73_000, batch=640, ddim_steps=200),
-    # Tables 6 and 8, Mountain Biking: no labels. Attention resolutions 32, 16, 8: factors 1, 2, 4.
-    "biking": PAPER
-    | dict(condition="none", channels=256, multipliers=(1, 2, 4), depth=2, attention=(1, 2, 4), heads=4,
-           head_channels=0, context_dim=0, beta_start=0.0003, beta_end=0.022, steps=14_000, batch=300, ddim_steps=100,
-           guidance=1.0, p_drop=0.0, gan_weight=0.5),
-}
-# Table 7's Pixel-baseline: 128 channels on 128 x 256 x 3, attention at factors 8 and 16, and the DDPM betas.
-PIXEL = dict(schedule="linear", beta_start=1e-4, beta_end=0.02)
-PIXEL_NETWORK = {
-    "smoke": dict(multipliers=(1, 1, 2), attention=(4,)),
-    "cpu": dict(channels=32, multipliers=(1, 2, 2, 4), attention=(8,)),
-    "gpu": dict(channels=64, multipliers=(1, 1, 2, 2, 4), attention=(8, 16)),
-    "paper": dict(channels=128, multipliers=(1, 1, 2, 3, 4), depth=2, attention=(8, 16), steps=42_000, batch=480),
-}
-PIXEL_NETWORK["biking"] = PIXEL_NETWORK["paper"]
-
-
-# Table 6, text to video: what Stable Diffusion predicts, and its betas. With the betas above, the last step would have
-# 1.2 % of signal left where Stable Diffusion has 6.8; an eps-model divides by it, and colours run away in samples.
-TEXT = dict(condition="text", parameterization="eps", beta_start=0.00085, beta_end=0.012)
-
-
-def presets(variant: str) -> dict[str, dict]:
-    """The presets of a variant: "", "boxes", "text" or "pixel"."""
-    changes = {"pixel": lambda name: PIXEL | PIXEL_NETWORK[name], "text": lambda name: TEXT}
-    return {name: p | changes.get(variant, lambda name: {})(name) for name, p in PRESETS.items()}
-
-
-# %% What this lesson makes and the later ones freeze
-
-
-def planned(config: BaseConfig, variant: str = "") -> ImageModel:
-    """The model a preset would have, without weights, on the meta device: for --dry-run."""
-    with torch.device("meta"):
-        pixel = variant == "pixel"
-        image = preset_config(Config, presets(variant), config.preset, data=config.data, pixel=pixel)
-        return ImageModel(image, "meta")
-
-
-def load(run: Run, variant: str = "") -> ImageModel:
-    """The trained model (averaged weights) from OUT, checked against this run and against its autoencoder."""
-    flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
-    content = run.trained(NAME, {"data": run.config.data_name()}, variant=variant, flags=flags)
-    model = ImageModel(config_of(Config, content), run.device)
-    model.autocast = run.autocast
-    if model.autoencoder is not None:
-        load_autoencoder(run, model.autoencoder)
-    check_lineage(content, model.lineage)  # trained on this very autoencoder's latents
-    shadow = content["ema"]["shadow"]
-    model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
-    conditioner = {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")}
-    load_part(model.conditioner, conditioner, content["path"])
-    model.conditioner.requires_grad_(False)
-    return model
-
-
-def load_autoencoder(run: Run, autoencoder: Autoencoder) -> None:
-    """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it); frozen from here on."""
-    content = run.trained(NAME, file="autoencoder.pt")
-    load_part(autoencoder, content["ema"]["shadow"], content["path"])
-    autoencoder.scale.fill_(content.get("latent_scale", 1.0))
-    autoencoder.requires_grad_(False).eval()
 
 
 # %% Training the autoencoder: L1, KL, and a patch discriminator that joins late
@@ -375,6 +243,137 @@ def read_boxes(path: str) -> list:
     if not good:
         raise UserError(f"--sample-boxes {path}: want a list of at most {MAX_CARS} boxes [x0, y0, x1, y1] in [0, 1]")
     return boxes
+
+
+# %% Settings, and what later lessons load
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
+    pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
+    sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
+    height: Count = 64  # frame height in pixels
+    width: Count = 128  # frame width in pixels
+    # the autoencoder (Table 8)
+    ae_channels: Count = 32  # base width
+    ae_multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level; f = 2^(levels - 1)
+    ae_depth: Count = 1  # residual blocks per level
+    ae_attention: bool = False  # attention in the blocks of the lowest level
+    latent_channels: Count = 4  # channels of z
+    regularizer: Literal["kl", "vq"] = "kl"  # KL to a standard normal, or vector quantisation
+    codes: Count = 16384  # codebook size for vq
+    ae_steps: Whole = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
+    ae_batch: Count = 4  # frames per step; in minutes, many steps on few frames give most
+    ae_lr: Rate = 3e-3  # learning rate of autoencoder and discriminator
+    ae_steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    square_weight: Amount = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
+    kl_weight: Amount = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
+    gan_start: Whole = 2600  # step at which the discriminator joins; tiny models blow up when it comes early
+    gan_weight: Amount = 0.1  # times the adaptive weight |grad reconstruction| / |grad GAN| (0.5 to 0.6 in LDM's code)
+    # the U-Net (Table 6)
+    channels: Count = 64  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
+    heads: Whole = 0  # attention heads; 0: from head_channels
+    head_channels: Whole = 32  # channels per head
+    context_dim: Whole = 64  # width of the condition tokens
+    fusion_layers: Whole = 2  # depth of the small transformer over boxes or words
+    # diffusion
+    schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # linear in sqrt(beta) (latents) or in beta (pixels)
+    beta_start: Beta = 0.0015  # first beta
+    beta_end: Beta = 0.0195  # last beta
+    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
+    steps: Whole = 2300  # training steps of the U-Net
+    batch: Count = 16  # frames per step
+    lr: Rate = 1e-3  # learning rate of the U-Net
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    ema_decay: Fraction = 0.998  # decay of the weight average
+    p_drop: Fraction = 0.3  # probability of dropping the condition; most samples of this course are unconditional
+    ddim_steps: SamplingSteps = 25  # sampling steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 2.0  # scale of classifier-free guidance on the condition
+    samples: Count = 16  # pictures in samples.png and frames in the held-out numbers
+
+
+PAPER = dict(height=128, width=256, ae_channels=128, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_lr=4.5e-6 * 64,
+             square_weight=0.0, ae_batch=64, ae_steps=200_000, gan_start=50_000, gan_weight=0.6, warmup=1,
+             ema_decay=0.9999, lr=1e-4, p_drop=0.1)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
+                  channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
+                  steps=4, batch=2, ddim_steps=3, samples=2),
+    "cpu": dict(ae_batch=8, ae_lr=2e-3, ae_steady=400, ae_steps=2400, gan_start=2250, steady=600),
+    "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
+                ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
+                attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999, warmup=1000,
+                p_drop=0.1, ddim_steps=100, save_every=2000),
+    # Tables 6 and 8, driving. Autoencoder: LDM's VQ-f8; its training length is not in the paper (a guess stands above).
+    # Attention resolutions 16, 8, 4 are widths of feature maps of 32-wide latents: factors 2, 4, 8.
+    "paper": PAPER
+    | dict(regularizer="vq", ae_attention=True, channels=224, multipliers=(1, 2, 2, 3, 4), depth=4,
+           attention=(2, 4, 8), context_dim=256, steps=73_000, batch=640, ddim_steps=200),
+    # Tables 6 and 8, Mountain Biking: no labels. Attention resolutions 32, 16, 8: factors 1, 2, 4.
+    "biking": PAPER
+    | dict(condition="none", channels=256, multipliers=(1, 2, 4), depth=2, attention=(1, 2, 4), heads=4,
+           head_channels=0, context_dim=0, beta_start=0.0003, beta_end=0.022, steps=14_000, batch=300, ddim_steps=100,
+           guidance=1.0, p_drop=0.0, gan_weight=0.5),
+}
+# Table 7's Pixel-baseline: 128 channels on 128 x 256 x 3, attention at factors 8 and 16, and the DDPM betas.
+PIXEL = dict(schedule="linear", beta_start=1e-4, beta_end=0.02)
+PIXEL_NETWORK = {
+    "smoke": dict(multipliers=(1, 1, 2), attention=(4,)),
+    "cpu": dict(channels=32, multipliers=(1, 2, 2, 4), attention=(8,)),
+    "gpu": dict(channels=64, multipliers=(1, 1, 2, 2, 4), attention=(8, 16)),
+    "paper": dict(channels=128, multipliers=(1, 1, 2, 3, 4), depth=2, attention=(8, 16), steps=42_000, batch=480),
+}
+PIXEL_NETWORK["biking"] = PIXEL_NETWORK["paper"]
+
+
+# Table 6, text to video: what Stable Diffusion predicts, and its betas. With the betas above, the last step would have
+# 1.2 % of signal left where Stable Diffusion has 6.8; an eps-model divides by it, and colours run away in samples.
+TEXT = dict(condition="text", parameterization="eps", beta_start=0.00085, beta_end=0.012)
+
+
+def presets(variant: str) -> dict[str, dict]:
+    """The presets of a variant: "", "boxes", "text" or "pixel"."""
+    changes = {"pixel": lambda name: PIXEL | PIXEL_NETWORK[name], "text": lambda name: TEXT}
+    return {name: p | changes.get(variant, lambda name: {})(name) for name, p in PRESETS.items()}
+
+
+def planned(config: BaseConfig, variant: str = "") -> ImageModel:
+    """The model a preset would have, without weights, on the meta device: for --dry-run."""
+    with torch.device("meta"):
+        pixel = variant == "pixel"
+        image = preset_config(Config, presets(variant), config.preset, data=config.data, pixel=pixel)
+        return ImageModel(image, "meta")
+
+
+def load(run: Run, variant: str = "") -> ImageModel:
+    """The trained model (averaged weights) from OUT, checked against this run and against its autoencoder."""
+    flags = {"pixel": ["--pixel"], "": []}.get(variant, ["--condition", variant])
+    content = run.trained(NAME, {"data": run.config.data_name()}, variant=variant, flags=flags)
+    model = ImageModel(config_of(Config, content), run.device)
+    model.autocast = run.autocast
+    if model.autoencoder is not None:
+        load_autoencoder(run, model.autoencoder)
+    check_lineage(content, model.lineage)  # trained on this very autoencoder's latents
+    shadow = content["ema"]["shadow"]
+    model.weights = {k.removeprefix("unet."): v for k, v in shadow.items() if k.startswith("unet.")}
+    conditioner = {k.removeprefix("conditioner."): v for k, v in shadow.items() if k.startswith("conditioner.")}
+    load_part(model.conditioner, conditioner, content["path"])
+    model.conditioner.requires_grad_(False)
+    return model
+
+
+def load_autoencoder(run: Run, autoencoder: Autoencoder) -> None:
+    """The autoencoder and its latent scale, from OUT/02_image_ldm (the variants share it); frozen from here on."""
+    content = run.trained(NAME, file="autoencoder.pt")
+    load_part(autoencoder, content["ema"]["shadow"], content["path"])
+    autoencoder.scale.fill_(content.get("latent_scale", 1.0))
+    autoencoder.requires_grad_(False).eval()
 
 
 # %% Figures and numbers

@@ -23,6 +23,8 @@ Reads OUT/02_image_ldm, or the file given with --backbone. Writes OUT/04_decoder
 decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -53,46 +55,6 @@ lesson02 = import_module("02_image_ldm")
 NAME = "04_decoder_finetune"
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # whether this CPU multiplies bfloat16 tiles
 PORTION = 4  # times the frames of a training clip are decoded at once
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    backbone: str = ""  # tune Stable Diffusion's decoder, of a file or folder, instead of lesson 2's
-    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
-    frames: Count = 6  # frames of a training clip
-    kernel: Annotated[int, Range(1, 9, "odd")] = 3  # temporal kernel, of kernel x 3 x 3 convolutions
-    steps: Whole = 450  # training steps
-    batch: Count = 2  # clips per step
-    lr: Rate = 6e-4  # learning rate of decoder and discriminators
-    warmup: Whole = 20  # steps of linear warm-up
-    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
-    latent_noise: Amount = 0.0  # latents get noise of a deviation from 0 to this: what lessons 5 and 6 get wrong
-    difference_weight: Amount = 0.0  # weight of the error of frame-to-frame differences
-    ema_decay: Fraction = 0.99  # decay of the weight average; 0 is none
-    freeze_spatial: bool = False  # train the new temporal layers only
-    perceptual_weight: Amount = 0.1  # weight of the perceptual term
-    lpips: str = ""  # TorchScript file (x, y in [-1, 1] -> distance) to use as perceptual term
-    feature_steps: Whole = 250  # training steps of the feature network when there is no LPIPS file
-    gan_start: Whole = 320  # step at which the discriminators join
-    gan_weight: Amount = 0.1  # times the adaptive weight
-    image_discriminator: bool = False  # an additional frame-wise discriminator (Table 14)
-    samples: Count = 8  # held-out clips in the numbers
-
-
-PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000,
-             ema_decay=0.0)
-CALM = dict(latent_noise=0.15, difference_weight=2.0)  # not in the paper: see the first lines
-PRESETS: dict[str, dict] = {
-    "smoke": CALM | dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
-    "cpu": CALM | dict(steady=200),
-    "gpu": PAPER | CALM | dict(steps=20_000, batch=8, lr=1e-4, gan_start=5000, save_every=2000),
-    # Table 8: 4 clips on each of 8 GPUs. Start and weight of the discriminator are not given: LDM's habits.
-    "paper": PAPER | dict(steps=41_000),
-    "biking": PAPER | dict(steps=78_000, batch=40, lr=5e-5, gan_weight=0.5),
-}
 
 
 # %% The video decoder
@@ -159,15 +121,6 @@ def video_autoencoder(image: ImageModel, kernel: int = 3) -> Autoencoder:
     assert all(is_temporal(name) for name in missing), missing
     autoencoder.scale.copy_(image.autoencoder.scale)
     return channels_last(autoencoder).to(image.device)
-
-
-def load(run: Run, image: ImageModel) -> tuple[Autoencoder, int]:
-    """The autoencoder with this lesson's decoder from OUT, and how many frames it is given at a time."""
-    content = run.trained(NAME, image.lineage)
-    autoencoder = video_autoencoder(image, content["config"]["kernel"])
-    train_decoder(autoencoder, content["config"]["freeze_spatial"])
-    load_part(autoencoder, content["ema"]["shadow"], content["path"])
-    return autoencoder.requires_grad_(False).eval(), PORTION * content["config"]["frames"]
 
 
 def train_decoder(autoencoder: Autoencoder, freeze_spatial: bool) -> None:
@@ -291,6 +244,55 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
         ema.update()
     ema.use()
     return autoencoder.eval()
+
+
+# %% Settings, and what later lessons load
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    backbone: str = ""  # tune Stable Diffusion's decoder, of a file or folder, instead of lesson 2's
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
+    frames: Count = 6  # frames of a training clip
+    kernel: Annotated[int, Range(1, 9, "odd")] = 3  # temporal kernel, of kernel x 3 x 3 convolutions
+    steps: Whole = 450  # training steps
+    batch: Count = 2  # clips per step
+    lr: Rate = 6e-4  # learning rate of decoder and discriminators
+    warmup: Whole = 20  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
+    latent_noise: Amount = 0.0  # latents get noise of a deviation from 0 to this: what lessons 5 and 6 get wrong
+    difference_weight: Amount = 0.0  # weight of the error of frame-to-frame differences
+    ema_decay: Fraction = 0.99  # decay of the weight average; 0 is none
+    freeze_spatial: bool = False  # train the new temporal layers only
+    perceptual_weight: Amount = 0.1  # weight of the perceptual term
+    lpips: str = ""  # TorchScript file (x, y in [-1, 1] -> distance) to use as perceptual term
+    feature_steps: Whole = 250  # training steps of the feature network when there is no LPIPS file
+    gan_start: Whole = 320  # step at which the discriminators join
+    gan_weight: Amount = 0.1  # times the adaptive weight
+    image_discriminator: bool = False  # an additional frame-wise discriminator (Table 14)
+    samples: Count = 8  # held-out clips in the numbers
+
+
+PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, perceptual_weight=1.0, feature_steps=20_000,
+             ema_decay=0.0)
+CALM = dict(latent_noise=0.15, difference_weight=2.0)  # not in the paper: see the first lines
+PRESETS: dict[str, dict] = {
+    "smoke": CALM | dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
+    "cpu": CALM | dict(steady=200),
+    "gpu": PAPER | CALM | dict(steps=20_000, batch=8, lr=1e-4, gan_start=5000, save_every=2000),
+    # Table 8: 4 clips on each of 8 GPUs. Start and weight of the discriminator are not given: LDM's habits.
+    "paper": PAPER | dict(steps=41_000),
+    "biking": PAPER | dict(steps=78_000, batch=40, lr=5e-5, gan_weight=0.5),
+}
+
+
+def load(run: Run, image: ImageModel) -> tuple[Autoencoder, int]:
+    """The autoencoder with this lesson's decoder from OUT, and how many frames it is given at a time."""
+    content = run.trained(NAME, image.lineage)
+    autoencoder = video_autoencoder(image, content["config"]["kernel"])
+    train_decoder(autoencoder, content["config"]["freeze_spatial"])
+    load_part(autoencoder, content["ema"]["shadow"], content["path"])
+    return autoencoder.requires_grad_(False).eval(), PORTION * content["config"]["frames"]
 
 
 # %% Figures and numbers

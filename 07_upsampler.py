@@ -16,6 +16,8 @@ Reads OUT/02_image_ldm (only for its frame size). Writes OUT/07_upsampler/: imag
 upsampled.png, upsampled.gif, metrics.png.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -59,68 +61,6 @@ from kit.run import Run, known_good
 lesson02 = import_module("02_image_ldm")
 NAME = "07_upsampler"
 SCALE = 4
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    patch: Count = 16  # side of a training patch in small pixels; the large one is 4 times that
-    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
-    overlap: Whole = 0  # frames that portions have in common when sampling; there one fades into the other
-    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
-    channels: Count = 16  # base width
-    multipliers: tuple[Count, ...] = (1, 2, 4, 4)  # factor of the width per level
-    depth: Count = 1  # residual blocks per level
-    attention: tuple[Factor, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a frame
-    heads: Whole = 4  # attention heads
-    output_norm: bool = False  # GroupNorm before the last convolution; at 16 channels it costs 2 dB (see Upsampler)
-    level_dim: Whole = 64  # width of the token that tells the noise level
-    known_features: Count = 16  # channels c_S is embedded to ("context channels")
-    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
-    schedule: Literal["sqrt_linear", "linear"] = "linear"  # linear in beta, which App. F names, for this pixel model
-    beta_start: Beta = 1e-4  # first beta
-    beta_end: Beta = 0.02  # last beta
-    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    residual: bool = False  # diffuse what bilinear enlargement lacks, at unit variance, rather than the whole picture
-    shared_noise: Fraction = 0.0  # part of the noise's variance that the frames of a clip have in common
-    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
-    level: NoiseLevel = 150  # noise augmentation when sampling
-    image_steps: Whole = 1800  # training steps of the image upsampler
-    image_batch: Count = 6  # patches per step; in minutes, many steps on few patches give most
-    image_lr: Rate = 2e-3  # its learning rate
-    steps: Whole = 230  # training steps of the temporal layers
-    batch: Count = 2  # clips of patches per step
-    lr: Rate = 1e-3  # their learning rate
-    warmup: Whole = 50  # steps of linear warm-up
-    steady: Whole = 0  # so many steps at the full rates, which then fall with the root of the step; 0: all
-    ema_decay: Fraction = 0.995  # decay of the weight average
-    ddim_steps: SamplingSteps = 4  # sampling steps
-    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
-    samples: Count = 1  # held-out clips in the numbers
-
-
-# Frames of 64 x 128 have a quarter of the paper's pixels to average noise over, so the same level hides four times as
-# much. At 140 the signal-to-noise ratio is four times that of the paper's 250 and leaves as much to see (Hoogeboom et
-# al. 2023); 75 would be its 150. Sampling takes 10, which has a higher PSNR than 30 (docs/tried.md).
-SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=10, ddim_steps=2, power=1.0, eta=0.0)
-PRESETS: dict[str, dict] = {
-    "smoke": SMALL | dict(patch=4, frames=3, overlap=1, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
-                          known_features=16, image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
-    "cpu": SMALL | dict(overlap=2, steady=400),
-    "gpu": dict(residual=True, overlap=2, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
-                attention=(8,), output_norm=True, level_dim=256, known_features=64, image_steps=30_000,
-                image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999,
-                ddim_steps=50, power=1.0, save_every=2000),
-    # Table 6, driving upsampler. The table's attention resolution 8 can only be a downsampling factor; its alpha of
-    # length 10 does not fit its 8 frames (8 here); its patch size is not given (64 small pixels is our guess).
-    "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), output_norm=True,
-                  level_dim=768, known_features=128, alpha_frames=8, image_steps=84_000, image_batch=32,
-                  image_lr=1e-5, steps=84_000, batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, power=1.0),
-}
-PRESETS["biking"] = PRESETS["paper"]  # the paper trained none for Mountain Biking
 
 
 # %% Model
@@ -199,21 +139,6 @@ def patches(video: torch.Tensor, of: list[int], size: int, share: Share) -> torc
 
 def make_diffusion(config: Config, device: torch.device | str) -> Diffusion:
     return Diffusion(config.schedule, config.beta_start, config.beta_end, config.parameterization, device)
-
-
-def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
-    """The trained upsampler (averaged weights, spatial and temporal) from OUT, and its configuration."""
-    contents = [run.trained(NAME, size_lineage(image), file) for file in ("image.pt", "checkpoint.pt")]
-    config = config_of(Config, contents[1])
-    model = Upsampler(config).to(run.device)
-    for content in contents:
-        model.load_state_dict(content["ema"]["shadow"], strict=False)
-    return model.requires_grad_(False).eval(), config
-
-
-def size_lineage(image: ImageModel) -> dict:
-    """The upsampler sees frames, not latents: it fits any image model of this data and frame size."""
-    return {k: v for k, v in image.lineage.items() if k != "latent_scale"}
 
 
 # %% Training: the image upsampler, then its temporal layers
@@ -300,6 +225,83 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
             yield (mu + s * large).clamp(-1, 1).cpu(), new
 
     return faded(enlarged(), config.overlap)
+
+
+# %% Settings, and what later lessons load
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    patch: Count = 16  # side of a training patch in small pixels; the large one is 4 times that
+    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
+    overlap: Whole = 0  # frames that portions have in common when sampling; there one fades into the other
+    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
+    channels: Count = 16  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 4, 4)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (8,)  # downsampling factors with transformers; 4 would double the time of a frame
+    heads: Whole = 4  # attention heads
+    output_norm: bool = False  # GroupNorm before the last convolution; at 16 channels it costs 2 dB (see Upsampler)
+    level_dim: Whole = 64  # width of the token that tells the noise level
+    known_features: Count = 16  # channels c_S is embedded to ("context channels")
+    alpha_frames: Count = 1  # length of alpha: 1 is a scalar a layer, T is one value a frame
+    schedule: Literal["sqrt_linear", "linear"] = "linear"  # linear in beta, which App. F names, for this pixel model
+    beta_start: Beta = 1e-4  # first beta
+    beta_end: Beta = 0.02  # last beta
+    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
+    residual: bool = False  # diffuse what bilinear enlargement lacks, at unit variance, rather than the whole picture
+    shared_noise: Fraction = 0.0  # part of the noise's variance that the frames of a clip have in common
+    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
+    level: NoiseLevel = 150  # noise augmentation when sampling
+    image_steps: Whole = 1800  # training steps of the image upsampler
+    image_batch: Count = 6  # patches per step; in minutes, many steps on few patches give most
+    image_lr: Rate = 2e-3  # its learning rate
+    steps: Whole = 230  # training steps of the temporal layers
+    batch: Count = 2  # clips of patches per step
+    lr: Rate = 1e-3  # their learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rates, which then fall with the root of the step; 0: all
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 4  # sampling steps
+    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    samples: Count = 1  # held-out clips in the numbers
+
+
+# Frames of 64 x 128 have a quarter of the paper's pixels to average noise over, so the same level hides four times as
+# much. At 140 the signal-to-noise ratio is four times that of the paper's 250 and leaves as much to see (Hoogeboom et
+# al. 2023); 75 would be its 150. Sampling takes 10, which has a higher PSNR than 30 (docs/tried.md).
+SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=10, ddim_steps=2, power=1.0, eta=0.0)
+PRESETS: dict[str, dict] = {
+    "smoke": SMALL | dict(patch=4, frames=3, overlap=1, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
+                          known_features=16, image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
+    "cpu": SMALL | dict(overlap=2, steady=400),
+    "gpu": dict(residual=True, overlap=2, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
+                attention=(8,), output_norm=True, level_dim=256, known_features=64, image_steps=30_000,
+                image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999,
+                ddim_steps=50, power=1.0, save_every=2000),
+    # Table 6, driving upsampler. The table's attention resolution 8 can only be a downsampling factor; its alpha of
+    # length 10 does not fit its 8 frames (8 here); its patch size is not given (64 small pixels is our guess).
+    "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), output_norm=True,
+                  level_dim=768, known_features=128, alpha_frames=8, image_steps=84_000, image_batch=32,
+                  image_lr=1e-5, steps=84_000, batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, power=1.0),
+}
+PRESETS["biking"] = PRESETS["paper"]  # the paper trained none for Mountain Biking
+
+
+def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
+    """The trained upsampler (averaged weights, spatial and temporal) from OUT, and its configuration."""
+    contents = [run.trained(NAME, size_lineage(image), file) for file in ("image.pt", "checkpoint.pt")]
+    config = config_of(Config, contents[1])
+    model = Upsampler(config).to(run.device)
+    for content in contents:
+        model.load_state_dict(content["ema"]["shadow"], strict=False)
+    return model.requires_grad_(False).eval(), config
+
+
+def size_lineage(image: ImageModel) -> dict:
+    """The upsampler sees frames, not latents: it fits any image model of this data and frame size."""
+    return {k: v for k, v in image.lineage.items() if k != "latent_scale"}
 
 
 # %% Figures and numbers

@@ -19,6 +19,8 @@ Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most
 drift.png, drift.csv; with --futures, one of each per future; with --upsampled-seconds, long-large.mp4 and so on.
 """
 
+from __future__ import annotations
+
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -50,34 +52,6 @@ lesson06 = import_module("06_interpolation")
 lesson07 = import_module("07_upsampler")
 NAME = "08_sample_long"
 PREVIEW = 240  # frames of long.webp at most: it is kept in memory until the end
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(BaseConfig):
-    seconds: Annotated[float, Range(0.01, 1e6)] = 8.0  # length of the video
-    fps: Amount = 0.0  # playback rate written into the files; 0: the rate the passes lead to
-    first_frame: str = ""  # picture to start from; empty: one from the image model
-    futures: Count = 1  # videos from the same first frame
-    night: Annotated[int, Range(-1, 1)] = -1  # 1 night, 0 day, -1 whatever comes
-    cars: Annotated[int, Range(-1, MAX_CARS)] = -1  # cars in view, -1 whatever comes
-    guidance: Amount = 0.0  # context guidance of the prediction; 0: the scale lesson 5 was configured with
-    ddim_steps: Annotated[int, Range(0, 1000)] = 0  # sampling steps of lessons 5 and 6; 0: as configured there
-    passes: Annotated[int, Range(0, 2)] = 2  # interpolation passes: 0, 1 or 2
-    video_decoder: bool = True  # lesson 4's decoder; otherwise the image decoder, frame by frame
-    upsampler: bool = True  # lesson 7's upsampler; otherwise small frames
-    upsampled_seconds: Amount = 0.0  # with a number: only the first so many seconds large, in a file of their own
-
-
-PRESETS: dict[str, dict] = {
-    "smoke": dict(seconds=1.0),
-    "cpu": dict(seconds=4.0),
-    "gpu": dict(seconds=30.0),
-    "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
-    "biking": dict(seconds=60.0),
-}
 
 
 # %% The stages, each a generator over the frames of one video
@@ -163,6 +137,34 @@ def enlarged(run: Run, image: ImageModel, frames: Iterable[torch.Tensor], future
 def decoded_singly(run: Run, image: ImageModel, latents: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     for batch in batched(latents, 8):
         yield from image.decode(torch.stack(batch))[:, 0]
+
+
+# %% Settings
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    seconds: Annotated[float, Range(0.01, 1e6)] = 8.0  # length of the video
+    fps: Amount = 0.0  # playback rate written into the files; 0: the rate the passes lead to
+    first_frame: str = ""  # picture to start from; empty: one from the image model
+    futures: Count = 1  # videos from the same first frame
+    night: Annotated[int, Range(-1, 1)] = -1  # 1 night, 0 day, -1 whatever comes
+    cars: Annotated[int, Range(-1, MAX_CARS)] = -1  # cars in view, -1 whatever comes
+    guidance: Amount = 0.0  # context guidance of the prediction; 0: the scale lesson 5 was configured with
+    ddim_steps: Annotated[int, Range(0, 1000)] = 0  # sampling steps of lessons 5 and 6; 0: as configured there
+    passes: Annotated[int, Range(0, 2)] = 2  # interpolation passes: 0, 1 or 2
+    video_decoder: bool = True  # lesson 4's decoder; otherwise the image decoder, frame by frame
+    upsampler: bool = True  # lesson 7's upsampler; otherwise small frames
+    upsampled_seconds: Amount = 0.0  # with a number: only the first so many seconds large, in a file of their own
+
+
+PRESETS: dict[str, dict] = {
+    "smoke": dict(seconds=1.0),
+    "cpu": dict(seconds=4.0),
+    "gpu": dict(seconds=30.0),
+    "paper": dict(seconds=300.0),  # the paper shows up to 5 minutes
+    "biking": dict(seconds=60.0),
+}
 
 
 # %% Writing, and what drifts

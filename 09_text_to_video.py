@@ -24,6 +24,8 @@ the interpolation model), captions.png, captions.gif, app_d.png, middle_frames.p
 with long.mp4 (113 frames), long.webp, contact_sheet.png and, of the upsampler, long-large.mp4.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,63 +61,6 @@ lesson05 = import_module("05_prediction")
 lesson06 = import_module("06_interpolation")
 lesson08 = import_module("08_sample_long")
 NAME = "09_text_to_video"
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    prompt: str | None = None  # text to show, "" for none; nothing is trained then
-    negative: str = ""  # what to steer away from, in the place of no text at all
-    key_frames: Count = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
-    reach: Whole = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
-    wider: Count = 1  # latents so many times as high and as wide as trained (App. D)
-    upsampled_seconds: Amount = 1.0  # so much of the video is upsampled, where lesson 11 is trained
-    inspect: str = ""  # a checkpoint: print its parts and what becomes of every name, and stop
-    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
-    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
-    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
-    ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
-    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
-    spatial_steps: Whole = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
-    spatial_batch: Count = 16  # frames per step of that
-    shard: bool = False  # under torchrun: spread weights and optimizer over the processes (FSDP2)
-    frames: Count = 8  # T, frames of a training clip
-    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
-    steps: Whole = 900  # training steps of the temporal layers
-    batch: Count = 2  # clips per step
-    interpolation_steps: Whole = 1200  # training steps of the interpolation model
-    interpolation_batch: Count = 2  # clips per step, half of each rate
-    interpolation_steady: Whole = 300  # so many at the full rate, which then falls with the root of the step; 0: all
-    max_level: NoiseLevel = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
-    lr: Rate = 1e-3  # learning rate of all
-    warmup: Whole = 50  # steps of linear warm-up
-    ema_decay: Fraction = 0.995  # decay of the weight average
-    ddim_steps: SamplingSteps = 16  # sampling steps of key frames
-    guidance: Amount = 3.0  # scale of guidance on the text
-    interpolation_ddim_steps: SamplingSteps = 12  # sampling steps of the interpolation
-    interpolation_guidance: Amount = 1.0  # its scale of guidance on the text
-    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral: with few steps its fresh noise makes brightness flicker
-    reader_steps: Whole = 700  # training steps of the network that reads what is in the samples
-    samples: Count = 32  # held-out captions in the numbers
-
-
-PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999, eta=1.0, interpolation_steady=0)
-PRESETS: dict[str, dict] = {
-    "smoke": dict(frames=4, key_frames=3, steps=3, batch=1, interpolation_steps=3, interpolation_batch=2,
-                  spatial_batch=2, ddim_steps=2, interpolation_ddim_steps=2, reader_steps=2, samples=2),
-    "cpu": {},
-    "gpu": PAPER | dict(steps=40_000, batch=16, interpolation_steps=30_000, interpolation_batch=32, warmup=1000,
-                        ddim_steps=50, interpolation_ddim_steps=50, reader_steps=5000, save_every=2000),
-    # Table 6, Stable Diffusion 2.1: 3 clips on each of 256 GPUs, and 8 on each of 128 for the interpolation (eps, as
-    # the table says). Key frames at fps / 16 = 1.875, as in the stack (the table says 2). Text is dropped at 0.1 (not
-    # in the paper), and the steps of the spatial tuning are not given either.
-    "paper": PAPER | dict(backbone="sd2", checkpointing=True, steps=402_000, batch=768, interpolation_steps=95_000,
-                          interpolation_batch=1024, ddim_steps=250, guidance=8.0, interpolation_ddim_steps=100,
-                          interpolation_guidance=13.0, save_every=1000),
-}
 
 
 # %% The backbone: lesson 2's text-to-image model, or Stable Diffusion from a file
@@ -332,6 +277,63 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
     sampled = image.sample(run, predict, noise, config.interpolation_ddim_steps, config.eta, *key)
     z[:, 1:-1] = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)[:, 1:-1]
     return z
+
+
+# %% Settings
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    prompt: str | None = None  # text to show, "" for none; nothing is trained then
+    negative: str = ""  # what to steer away from, in the place of no text at all
+    key_frames: Count = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
+    reach: Whole = 0  # temporal attention sees frames at most so far away; 0 all, App. D takes 8
+    wider: Count = 1  # latents so many times as high and as wide as trained (App. D)
+    upsampled_seconds: Amount = 1.0  # so much of the video is upsampled, where lesson 11 is trained
+    inspect: str = ""  # a checkpoint: print its parts and what becomes of every name, and stop
+    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
+    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
+    ema: bool = False  # take the averaged weights of a CompVis file
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
+    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
+    spatial_steps: Whole = 0  # first tune the spatial layers on single frames of the videos (the WebVid step)
+    spatial_batch: Count = 16  # frames per step of that
+    shard: bool = False  # under torchrun: spread weights and optimizer over the processes (FSDP2)
+    frames: Count = 8  # T, frames of a training clip
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in SD)
+    steps: Whole = 900  # training steps of the temporal layers
+    batch: Count = 2  # clips per step
+    interpolation_steps: Whole = 1200  # training steps of the interpolation model
+    interpolation_batch: Count = 2  # clips per step, half of each rate
+    interpolation_steady: Whole = 300  # so many at the full rate, which then falls with the root of the step; 0: all
+    max_level: NoiseLevel = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
+    lr: Rate = 1e-3  # learning rate of all
+    warmup: Whole = 50  # steps of linear warm-up
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 16  # sampling steps of key frames
+    guidance: Amount = 3.0  # scale of guidance on the text
+    interpolation_ddim_steps: SamplingSteps = 12  # sampling steps of the interpolation
+    interpolation_guidance: Amount = 1.0  # its scale of guidance on the text
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral: with few steps its fresh noise makes brightness flicker
+    reader_steps: Whole = 700  # training steps of the network that reads what is in the samples
+    samples: Count = 32  # held-out captions in the numbers
+
+
+PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999, eta=1.0, interpolation_steady=0)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(frames=4, key_frames=3, steps=3, batch=1, interpolation_steps=3, interpolation_batch=2,
+                  spatial_batch=2, ddim_steps=2, interpolation_ddim_steps=2, reader_steps=2, samples=2),
+    "cpu": {},
+    "gpu": PAPER | dict(steps=40_000, batch=16, interpolation_steps=30_000, interpolation_batch=32, warmup=1000,
+                        ddim_steps=50, interpolation_ddim_steps=50, reader_steps=5000, save_every=2000),
+    # Table 6, Stable Diffusion 2.1: 3 clips on each of 256 GPUs, and 8 on each of 128 for the interpolation (eps, as
+    # the table says). Key frames at fps / 16 = 1.875, as in the stack (the table says 2). Text is dropped at 0.1 (not
+    # in the paper), and the steps of the spatial tuning are not given either.
+    "paper": PAPER | dict(backbone="sd2", checkpointing=True, steps=402_000, batch=768, interpolation_steps=95_000,
+                          interpolation_batch=1024, ddim_steps=250, guidance=8.0, interpolation_ddim_steps=100,
+                          interpolation_guidance=13.0, save_every=1000),
+}
 
 
 # %% Loading, for sampling and for lesson 10

@@ -23,6 +23,8 @@ cars), instances.png, images.png, videos.png (personalised and untuned in turn),
 captions.txt, metrics.png.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,46 +56,6 @@ from kit.scenes import Scene, scene_behind, van_scene
 lesson02 = import_module("02_image_ldm")
 lesson09 = import_module("09_text_to_video")
 NAME = "10_personalization"
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    token: str = "sks"  # the rare word that comes to mean the subject
-    class_word: str = "car"  # what the subject is one of: a word that the backbone knows
-    instances: str = ""  # folder of png or jpg pictures of the subject; empty: the van is drawn
-    places: tuple[str, ...] = ("next to the Eiffel Tower", "on a beach", "in a desert", "in the snow")  # in the videos
-    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
-    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
-    ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
-    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
-    prior_images: Count = 64  # pictures of the class, made by the untuned model
-    prior_weight: Amount = 3.0  # weight of the loss on them: with 1, ten pictures teach a small model stillness as well
-    steps: Whole = 400  # training steps
-    batch: Count = 4  # pictures of the subject per step, and as many of the class
-    lr: Rate = 2e-4  # learning rate of the U-Net and the text encoder
-    warmup: Whole = 20  # steps of linear warm-up
-    ema_decay: Fraction = 0.98  # decay of the weight average
-    ddim_steps: SamplingSteps = 16  # sampling steps
-    guidance: Amount = 3.0  # scale of guidance on the text
-    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral
-    reader_steps: Whole = 300  # training steps of the network that knows the van
-    samples: Count = 12  # videos of the van
-
-
-DREAMBOOTH = dict(prior_images=256, prior_weight=1.0, steps=800, eta=1.0)
-PRESETS: dict[str, dict] = {
-    "smoke": dict(prior_images=4, steps=3, batch=2, ddim_steps=2, reader_steps=2, samples=2),
-    "cpu": {},
-    "gpu": DREAMBOOTH | dict(batch=8, lr=5e-5, ddim_steps=50, reader_steps=2000, samples=32),
-    # App. H.3: Stable Diffusion 1.4, 8 to 23 pictures, 256 of the class. One picture of each a step is DreamBooth's;
-    # the paper does not say. No weight average.
-    "paper": DREAMBOOTH | dict(backbone="sd1", batch=1, lr=1e-6, warmup=1, ema_decay=0.0, ddim_steps=250, guidance=8.0,
-                               samples=4),
-}
 
 
 # %% The subject, and how it is called
@@ -188,19 +150,6 @@ def train(run: Run, config: Config, image: ImageModel, pictures: torch.Tensor, c
         learner.step(step)
 
 
-def load(run: Run, image: ImageModel):
-    """The tuned image model: `image` with other spatial weights and another text encoder (both averaged)."""
-    content = run.trained(NAME, image.lineage)
-    weights = content["model"] | content["ema"]["shadow"]
-    unet, conditioner = ({name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
-                         for part in ("unet.", "conditioner."))
-    tuned = copy.copy(image)
-    tuned.weights, tuned.conditioner = unet, trainable(image.conditioner)
-    load_part(tuned.conditioner, conditioner, content["path"])
-    tuned.conditioner.requires_grad_(False)
-    return tuned
-
-
 # %% The video model: temporal layers of lesson 9 in the tuned backbone
 
 
@@ -219,6 +168,59 @@ def sample_videos(run: Run, config: Config, network: nn.Module, image: ImageMode
     text, time_text = lesson09.tokens(conditioner, wanted), lesson09.tokens(image.conditioner, plain)
     z = lesson09.sample_key_frames(network, image, text, time_text, frames, config, run, "videos", label=label)
     return lesson09.decoded(run, image, z)
+
+
+# %% Settings, and what later lessons load
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    token: str = "sks"  # the rare word that comes to mean the subject
+    class_word: str = "car"  # what the subject is one of: a word that the backbone knows
+    instances: str = ""  # folder of png or jpg pictures of the subject; empty: the van is drawn
+    places: tuple[str, ...] = ("next to the Eiffel Tower", "on a beach", "in a desert", "in the snow")  # in the videos
+    backbone: str = ""  # Stable Diffusion 1.x or 2.x, file or folder; sd1, sd2: its shape, to count; empty: lesson 2's
+    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    ema: bool = False  # take the averaged weights of a CompVis file
+    size: tuple[Count, ...] = (320, 512)  # frame height and width with --backbone
+    parameterization: Literal["", "eps", "v"] = ""  # what a --backbone predicts; empty: as its scheduler says, else eps
+    prior_images: Count = 64  # pictures of the class, made by the untuned model
+    prior_weight: Amount = 3.0  # weight of the loss on them: with 1, ten pictures teach a small model stillness as well
+    steps: Whole = 400  # training steps
+    batch: Count = 4  # pictures of the subject per step, and as many of the class
+    lr: Rate = 2e-4  # learning rate of the U-Net and the text encoder
+    warmup: Whole = 20  # steps of linear warm-up
+    ema_decay: Fraction = 0.98  # decay of the weight average
+    ddim_steps: SamplingSteps = 16  # sampling steps
+    guidance: Amount = 3.0  # scale of guidance on the text
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral
+    reader_steps: Whole = 300  # training steps of the network that knows the van
+    samples: Count = 12  # videos of the van
+
+
+DREAMBOOTH = dict(prior_images=256, prior_weight=1.0, steps=800, eta=1.0)
+PRESETS: dict[str, dict] = {
+    "smoke": dict(prior_images=4, steps=3, batch=2, ddim_steps=2, reader_steps=2, samples=2),
+    "cpu": {},
+    "gpu": DREAMBOOTH | dict(batch=8, lr=5e-5, ddim_steps=50, reader_steps=2000, samples=32),
+    # App. H.3: Stable Diffusion 1.4, 8 to 23 pictures, 256 of the class. One picture of each a step is DreamBooth's;
+    # the paper does not say. No weight average.
+    "paper": DREAMBOOTH | dict(backbone="sd1", batch=1, lr=1e-6, warmup=1, ema_decay=0.0, ddim_steps=250, guidance=8.0,
+                               samples=4),
+}
+
+
+def load(run: Run, image: ImageModel):
+    """The tuned image model: `image` with other spatial weights and another text encoder (both averaged)."""
+    content = run.trained(NAME, image.lineage)
+    weights = content["model"] | content["ema"]["shadow"]
+    unet, conditioner = ({name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+                         for part in ("unet.", "conditioner."))
+    tuned = copy.copy(image)
+    tuned.weights, tuned.conditioner = unet, trainable(image.conditioner)
+    load_part(tuned.conditioner, conditioner, content["path"])
+    tuned.conditioner.requires_grad_(False)
+    return tuned
 
 
 # %% Figures and numbers

@@ -20,6 +20,8 @@ Reads OUT/02_image_ldm and OUT/02_image_ldm-text, or the file given with --backb
 image.pt, checkpoint.pt (temporal weights), upsampled.png, upsampled.gif, metrics.png. Lesson 9 calls `upsample`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,65 +67,6 @@ lesson09 = import_module("09_text_to_video")
 NAME = "11_latent_upsampler"
 SCALE = lesson07.SCALE
 LATENT_SCALE = 0.08333  # of the public x4 upscaler's autoencoder; a file does not say
-
-
-# %% Config
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    backbone: str = ""  # the x4 upscaler, file or folder; x4: its shape, to count; empty: one is trained here
-    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
-    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
-    ema: bool = False  # take the averaged weights of a CompVis file
-    size: tuple[Count, ...] = (320, 512)  # small frames' height and width with --backbone
-    patch: Count = 16  # side of a training patch in small pixels, and in latents; the large one is 4 times that
-    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
-    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
-    channels: Count = 32  # base width
-    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
-    depth: Count = 1  # residual blocks per level
-    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
-    text_only: tuple[Factor, ...] = (2,)  # those of them whose first attention looks at the text, not at the picture
-    heads: Whole = 2  # attention heads
-    known_features: Count = 16  # channels c_S is embedded to ("context channels")
-    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in the paper)
-    schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # what the upscaler's code calls linear
-    beta_start: Beta = 1e-4  # first beta
-    beta_end: Beta = 0.02  # last beta
-    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
-    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
-    level: NoiseLevel = 30  # noise augmentation when sampling
-    image_steps: Whole = 3000  # training steps of the image upsampler
-    image_batch: Count = 12  # patches per step
-    image_lr: Rate = 1e-3  # its learning rate
-    steps: Whole = 700  # training steps of the temporal layers
-    batch: Count = 4  # clips of patches per step
-    lr: Rate = 1e-3  # their learning rate
-    warmup: Whole = 50  # steps of linear warm-up
-    ema_decay: Fraction = 0.995  # decay of the weight average
-    ddim_steps: SamplingSteps = 6  # sampling steps
-    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
-    guidance: Amount = 2.0  # scale of guidance on the text
-    samples: Count = 1  # held-out clips in the numbers
-
-
-PRESETS: dict[str, dict] = {
-    "smoke": dict(patch=4, frames=3, channels=16, multipliers=(1, 2), attention=(1, 2), text_only=(1,), image_steps=3,
-                  image_batch=2, steps=3, batch=2, ddim_steps=2),
-    "cpu": {},
-    # Lesson 2's gpu preset has f = 8; for this lesson train it, and its text variant, with --ae-multipliers 1 2 4.
-    "gpu": dict(patch=32, channels=128, multipliers=(1, 2, 2, 4), depth=2, attention=(2, 4, 8), text_only=(2, 4),
-                heads=8, known_features=64, feed_forward=4.0, image_steps=60_000, image_batch=32, image_lr=1e-4,
-                steps=10_000, batch=16, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=50, power=1.0,
-                save_every=2000),
-    # Table 6, upsampler of Stable Diffusion: crops of 320 x 320, 8 clips on each of 32 GPUs. Its cross-attention is 768
-    # wide, the upscaler's text encoder 1024: --dry-run counts both. Text is dropped at 0.1, which is not in the paper.
-    "paper": dict(backbone="x4", checkpointing=True, patch=80, fps=2.0, known_features=128, feed_forward=4.0,
-                  steps=10_000, batch=256, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=250, power=1.0,
-                  save_every=1000),
-}
 
 
 # %% What the upsampler works with: autoencoder of f = 4, text; and with --backbone the image upsampler itself
@@ -185,19 +128,6 @@ def train_part(unet: UNet, frames: int | None) -> None:
     """Freezes all but the spatial layers (frames None) or all but the temporal ones."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(is_temporal(name) == (frames is not None))
-
-
-def load(run: Run) -> tuple[UNet, ImageModel, Config]:
-    """The trained upsampler (averaged weights) from OUT, what it works with, and its configuration."""
-    config = config_of(Config, run.trained(NAME))
-    config.out = str(run.config.folder())  # the folder may have moved since
-    image = open_image(run, config)
-    unet = network(config, image)
-    for name, frames in stages(config):
-        content = run.trained(NAME, image.lineage, f"{name}.pt")
-        train_part(unet, frames)
-        load_part(unet, content["ema"]["shadow"], content["path"])
-    return unet.requires_grad_(False).eval(), image, config
 
 
 # %% Training: the image upsampler, then its temporal layers
@@ -281,6 +211,78 @@ def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: It
         z = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, label=label, power=config.power)
         large = image.decode(z[-new:], new, chunk=1)  # large frames fill the memory: one at a time
         yield from large[0]
+
+
+# %% Settings, and what later lessons load
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    backbone: str = ""  # the x4 upscaler, file or folder; x4: its shape, to count; empty: one is trained here
+    text_encoder: str = ""  # folder of the backbone's CLIP text model and tokenizer
+    keep_captions: bool = True  # encode each caption once and keep it in OUT/captions; 0.3 MB each, so not for millions
+    ema: bool = False  # take the averaged weights of a CompVis file
+    size: tuple[Count, ...] = (320, 512)  # small frames' height and width with --backbone
+    patch: Count = 16  # side of a training patch in small pixels, and in latents; the large one is 4 times that
+    frames: Count = 8  # T, frames of a training clip, and of a portion when sampling
+    fps: Amount = 0.0  # frame rate of the training clips; 0: the final rate
+    channels: Count = 32  # base width
+    multipliers: tuple[Count, ...] = (1, 2, 2)  # factor of the width per level
+    depth: Count = 1  # residual blocks per level
+    attention: tuple[Factor, ...] = (2, 4)  # downsampling factors with transformers
+    text_only: tuple[Factor, ...] = (2,)  # those of them whose first attention looks at the text, not at the picture
+    heads: Whole = 2  # attention heads
+    known_features: Count = 16  # channels c_S is embedded to ("context channels")
+    feed_forward: Amount = 1.0  # width of the temporal feed-forward layers over their channels (4 in the paper)
+    schedule: Literal["sqrt_linear", "linear"] = "sqrt_linear"  # what the upscaler's code calls linear
+    beta_start: Beta = 1e-4  # first beta
+    beta_end: Beta = 0.02  # last beta
+    parameterization: Literal["v", "eps"] = "v"  # what the network predicts
+    max_level: NoiseLevel = 250  # noise augmentation in training: uniform in 0 to this
+    level: NoiseLevel = 30  # noise augmentation when sampling
+    image_steps: Whole = 3000  # training steps of the image upsampler
+    image_batch: Count = 12  # patches per step
+    image_lr: Rate = 1e-3  # its learning rate
+    steps: Whole = 700  # training steps of the temporal layers
+    batch: Count = 4  # clips of patches per step
+    lr: Rate = 1e-3  # their learning rate
+    warmup: Whole = 50  # steps of linear warm-up
+    ema_decay: Fraction = 0.995  # decay of the weight average
+    ddim_steps: SamplingSteps = 6  # sampling steps
+    power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
+    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    guidance: Amount = 2.0  # scale of guidance on the text
+    samples: Count = 1  # held-out clips in the numbers
+
+
+PRESETS: dict[str, dict] = {
+    "smoke": dict(patch=4, frames=3, channels=16, multipliers=(1, 2), attention=(1, 2), text_only=(1,), image_steps=3,
+                  image_batch=2, steps=3, batch=2, ddim_steps=2),
+    "cpu": {},
+    # Lesson 2's gpu preset has f = 8; for this lesson train it, and its text variant, with --ae-multipliers 1 2 4.
+    "gpu": dict(patch=32, channels=128, multipliers=(1, 2, 2, 4), depth=2, attention=(2, 4, 8), text_only=(2, 4),
+                heads=8, known_features=64, feed_forward=4.0, image_steps=60_000, image_batch=32, image_lr=1e-4,
+                steps=10_000, batch=16, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=50, power=1.0,
+                save_every=2000),
+    # Table 6, upsampler of Stable Diffusion: crops of 320 x 320, 8 clips on each of 32 GPUs. Its cross-attention is 768
+    # wide, the upscaler's text encoder 1024: --dry-run counts both. Text is dropped at 0.1, which is not in the paper.
+    "paper": dict(backbone="x4", checkpointing=True, patch=80, fps=2.0, known_features=128, feed_forward=4.0,
+                  steps=10_000, batch=256, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=250, power=1.0,
+                  save_every=1000),
+}
+
+
+def load(run: Run) -> tuple[UNet, ImageModel, Config]:
+    """The trained upsampler (averaged weights) from OUT, what it works with, and its configuration."""
+    config = config_of(Config, run.trained(NAME))
+    config.out = str(run.config.folder())  # the folder may have moved since
+    image = open_image(run, config)
+    unet = network(config, image)
+    for name, frames in stages(config):
+        content = run.trained(NAME, image.lineage, f"{name}.pt")
+        train_part(unet, frames)
+        load_part(unet, content["ema"]["shadow"], content["path"])
+    return unet.requires_grad_(False).eval(), image, config
 
 
 # %% Figures and numbers

@@ -34,13 +34,16 @@ from kit.files import CHECKPOINTS, write_text  # noqa: E402
 PARTS = ("correct", "fast", "video")
 
 
-# Lesson: its share of the time, and its flags. On one NVIDIA H200 lesson 2 made 28 of these steps a second; the network
-# of lesson 5 takes 70 ms for 64 clips. Compiled, lesson 6 made 27 steps a second, but only after a hundred seconds.
+# What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 makes 30 of these steps a
+# second, lesson 3 12, lesson 5 12 and lesson 6 15. Compiled, lesson 6 made 27, but only after a hundred seconds.
+LONG, LAST = "--batch 64 --steady 1000 --ema-decay 0.999 --reuse 4", "--lr 2e-4 --steady 0 --warmup 1 --ema-decay 0.995"
 WEIGHTS = {
-    "02_image_ldm": (0.30, "--ae-steps 0 --batch 256 --steady 500 --ema-decay 0.999 --reuse 6"),
-    "03_temporal_layers": (0.20, "--batch 64 --steady 500 --ema-decay 0.999 --reuse 4"),
-    "05_prediction": (0.25, "--batch 64 --steady 500 --ema-decay 0.999 --reuse 4"),
-    "06_interpolation": (0.25, "--batch 64 --steady 500 --ema-decay 0.999 --reuse 4"),
+    "02": ("02_image_ldm", 0.15, "--ae-steps 0 --batch 256 --steady 600 --ema-decay 0.999 --reuse 6"),
+    "03": ("03_temporal_layers", 0.11, LONG),
+    "05": ("05_prediction", 0.30, LONG),
+    "05, last steps": ("05_prediction", 0.08, f"{LONG} {LAST}"),
+    "06": ("06_interpolation", 0.26, LONG),
+    "06, last steps": ("06_interpolation", 0.10, f"{LONG} {LAST}"),
 }
 STOPPED = 128 + signal.SIGTERM  # what a lesson ends with that was stopped and has saved
 
@@ -64,13 +67,13 @@ def jobs(out: Path, tiny: bool) -> list[Job]:
             "EXTRA=--threads 1"]
     bench = [python, "benchmarks/run.py", "--repeats", "5", "--what"]
     fast = ["--threads", "1", "--workers", str(max(1, cores // 2 - 2)), "--cuda-graphs", "--device-noise"]
-    long = {lesson: [*flags.split(), *fast, "--steps", "1000000"] for lesson, (_, flags) in WEIGHTS.items()}
+    long = {name: [*flags.split(), *fast, "--steps", "1000000"] for name, (_, _, flags) in WEIGHTS.items()}
     if tiny:
         make.append(f"{out}/smoke/02_image_ldm/numbers.json")
         long = dict.fromkeys(WEIGHTS, ["--preset", "smoke", "--threads", "1"])
-    weights = [Job("video", f"weights {lesson[:2]}", [
-        python, f"{lesson}.py", "--out", str(out / "weights"), "--resume", *long[lesson]], share, (0, STOPPED))
-        for lesson, (share, _) in WEIGHTS.items()]
+    weights = [Job("video", f"weights {name}", [
+        python, f"{lesson}.py", "--out", str(out / "weights"), "--resume", *long[name]], share, (0, STOPPED))
+        for name, (lesson, share, _) in WEIGHTS.items()]
     return [Job("correct", "tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py"], 150),
             Job("correct", "lessons", make if tiny else [*make, "course", "text"], 120),
             Job("fast", "large", [*bench, "large"] if not tiny else [python, "benchmarks/run.py", "--help"], 240),
