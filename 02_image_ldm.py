@@ -23,7 +23,6 @@ The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -250,6 +249,8 @@ def read_boxes(path: str) -> list:
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
+    free = TrainingConfig.free | {"sample_boxes"}
+
     condition: Literal["none", "labels", "boxes", "text"] = "labels"  # what enters by cross-attention
     pixel: bool = False  # diffusion on pixels, no autoencoder (Table 1, Pixel-baseline)
     sample_boxes: str = ""  # JSON file of boxes: draw that scene with a trained --condition boxes model, and stop
@@ -444,39 +445,41 @@ def draw_boxes(run: Run, config: Config) -> None:
 # %% Main
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    with torch.device("meta"):
+        image = ImageModel(config, "meta")
+        unet, conditioner = image.unet(), image.conditioner
+    models = {"unet": unet, "conditioner": conditioner} | (
+        {} if config.pixel else {"autoencoder": image.autoencoder}
+    )
+    z, tau, context = planned_input(image, 1)
+    tokens = 0 if context is None else context.shape[1]
+    dry_run(
+        config,
+        models,
+        {
+            "frames": (config.batch, 3, config.height, config.width),
+            "latents": (config.batch, *image.shape),
+            "context": (config.batch, tokens, config.context_dim if tokens else 0),
+        },
+    )
+    training_cost(config, "unet", unet, lambda: unet(z, tau, context), config.batch, config.steps)
+    if not config.pixel:
+        x = torch.zeros(1, 3, config.height, config.width, device="meta")
+        training_cost(config, "autoencoder", image.autoencoder, lambda: image.autoencoder(x, z)[0], config.ae_batch,
+                      config.ae_steps)
+
+
 def main(argv: list[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    asked = " ".join(words).replace("=", " ")
-    config = parse(Config, presets("pixel" if "--pixel" in asked else "text" if "--condition text" in asked else ""),
-                   argv, __doc__)
+    config = parse(Config, lambda given: presets("pixel" if given.get("pixel") else given.get("condition", "")), argv,
+                   __doc__)
     if config.sample_boxes:
         config.condition = "boxes"
     usual = config.condition in ("labels", PRESETS[config.preset].get("condition"))
     variant = "pixel" if config.pixel else "" if usual else config.condition
     if config.dry_run:
-        with torch.device("meta"):
-            image = ImageModel(config, "meta")
-            unet, conditioner = image.unet(), image.conditioner
-        models = {"unet": unet, "conditioner": conditioner} | (
-            {} if config.pixel else {"autoencoder": image.autoencoder}
-        )
-        z, tau, context = planned_input(image, 1)
-        tokens = 0 if context is None else context.shape[1]
-        dry_run(
-            config,
-            models,
-            {
-                "frames": (config.batch, 3, config.height, config.width),
-                "latents": (config.batch, *image.shape),
-                "context": (config.batch, tokens, config.context_dim if tokens else 0),
-            },
-        )
-        training_cost(config, "unet", unet, lambda: unet(z, tau, context), config.batch, config.steps)
-        if not config.pixel:
-            x = torch.zeros(1, 3, config.height, config.width, device="meta")
-            training_cost(config, "autoencoder", image.autoencoder, lambda: image.autoencoder(x, z)[0], config.ae_batch,
-                          config.ae_steps)
-        return
+        return plan(config)
     if config.sample_boxes:
         one_process("--sample-boxes")
     run = Run(NAME, config, variant)

@@ -262,24 +262,29 @@ def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: 
 # %% Main
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    image = lesson02.planned(config)
+    with torch.device("meta"):
+        unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
+    train_temporal_only(unet)
+    dry_run(
+        config,
+        {"unet": unet},
+        {
+            "clips": (config.batch, config.frames, *image.shape),
+            "network input": (config.batch * config.frames, *image.shape),
+        },
+    )
+    z, tau, context = planned_input(image, config.frames)
+    forward = lambda: unet(z, tau, context, frames=config.frames)  # noqa: E731
+    training_cost(config, "unet", unet, forward, config.batch, config.steps)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.planned(config)
-        with torch.device("meta"):
-            unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
-        train_temporal_only(unet)
-        dry_run(
-            config,
-            {"unet": unet},
-            {
-                "clips": (config.batch, config.frames, *image.shape),
-                "network input": (config.batch * config.frames, *image.shape),
-            },
-        )
-        z, tau, context = planned_input(image, config.frames)
-        forward = lambda: unet(z, tau, context, frames=config.frames)  # noqa: E731
-        return training_cost(config, "unet", unet, forward, config.batch, config.steps)
+        return plan(config)
     run = Run(NAME, config)
     look_at_a_layer()
     image = lesson02.load(run)

@@ -348,22 +348,27 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
         raise UserError(f"--lpips {path}: not a readable TorchScript file ({str(error).splitlines()[0]})") from None
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    with torch.device("meta"):
+        image = (StableDiffusion(config.backbone, None, *config.size, device="meta") if config.backbone else
+                 lesson02.planned(config))
+        autoencoder = video_autoencoder(image, config.kernel)
+        critic = VideoDiscriminator()
+    train_decoder(autoencoder, config.freeze_spatial)
+    video = (config.batch, config.frames, 3, image.config.height, image.config.width)
+    dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
+            {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
+    set_frames(autoencoder, config.frames)
+    z = torch.zeros(config.frames, *image.shape, device="meta")
+    forward = lambda: autoencoder.decode(z)  # noqa: E731
+    training_cost(config, "decoder", autoencoder, forward, config.batch, config.steps)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        with torch.device("meta"):
-            image = (StableDiffusion(config.backbone, None, *config.size, device="meta") if config.backbone else
-                     lesson02.planned(config))
-            autoencoder = video_autoencoder(image, config.kernel)
-            critic = VideoDiscriminator()
-        train_decoder(autoencoder, config.freeze_spatial)
-        video = (config.batch, config.frames, 3, image.config.height, image.config.width)
-        dry_run(config, {"autoencoder": autoencoder, "video discriminator": critic},
-                {"clips": video, "latents": (config.batch, config.frames, *image.shape)})
-        set_frames(autoencoder, config.frames)
-        z = torch.zeros(config.frames, *image.shape, device="meta")
-        forward = lambda: autoencoder.decode(z)  # noqa: E731
-        return training_cost(config, "decoder", autoencoder, forward, config.batch, config.steps)
+        return plan(config)
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
     if config.backbone:
         image = StableDiffusion(config.backbone, None, *config.size, device=run.device)

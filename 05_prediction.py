@@ -355,24 +355,29 @@ def variant_of(config: Config) -> str:
     return "-".join(names + ["end-to-end"] * config.end_to_end + ["pixel"] * config.pixel)
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    image = lesson02.planned(config, "pixel" if config.pixel else "")
+    with torch.device("meta"):
+        unet = build(config, image)
+    dry_run(
+        config,
+        {"unet": unet},
+        {
+            "clips": (config.batch, config.frames, *image.shape),
+            "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:]),
+        },
+    )
+    z, tau, context = planned_input(image, config.frames)
+    c_S = torch.cat([z, z[:, :1]], dim=1)
+    forward = lambda: run_unet(unet, z, tau, context, c_S, config)  # noqa: E731
+    training_cost(config, "unet", unet, forward, config.batch, config.steps)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.planned(config, "pixel" if config.pixel else "")
-        with torch.device("meta"):
-            unet = build(config, image)
-        dry_run(
-            config,
-            {"unet": unet},
-            {
-                "clips": (config.batch, config.frames, *image.shape),
-                "c_S": (config.batch, config.frames, image.shape[0] + 1, *image.shape[1:]),
-            },
-        )
-        z, tau, context = planned_input(image, config.frames)
-        c_S = torch.cat([z, z[:, :1]], dim=1)
-        forward = lambda: run_unet(unet, z, tau, context, c_S, config)  # noqa: E731
-        return training_cost(config, "unet", unet, forward, config.batch, config.steps)
+        return plan(config)
     run = Run(NAME, config, variant_of(config))
     image = lesson02.load(run, "pixel" if config.pixel else "")
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps,

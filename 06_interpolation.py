@@ -306,25 +306,30 @@ def two_passes(run: Run, config: Config, source: Source, image: ImageModel, mode
 # %% Main
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    image = lesson02.planned(config)
+    with torch.device("meta"):
+        model = Interpolator(config, image)
+    dry_run(
+        config,
+        {"model": model},
+        {
+            "clips": (config.batch, FRAMES, *image.shape),
+            "c_S": (config.batch, FRAMES, image.shape[0] + 1, *image.shape[1:]),
+            "stage token": (config.batch, 1, config.stage_dim),
+        },
+    )
+    z, tau, context = planned_input(image, FRAMES)
+    c_S, stage = torch.cat([z, z[:, :1]], dim=1), torch.zeros(1, dtype=torch.long, device="meta")
+    forward = lambda: model(z, tau, context, c_S, stage)  # noqa: E731
+    training_cost(config, "model", model, forward, config.batch, config.steps)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.planned(config)
-        with torch.device("meta"):
-            model = Interpolator(config, image)
-        dry_run(
-            config,
-            {"model": model},
-            {
-                "clips": (config.batch, FRAMES, *image.shape),
-                "c_S": (config.batch, FRAMES, image.shape[0] + 1, *image.shape[1:]),
-                "stage token": (config.batch, 1, config.stage_dim),
-            },
-        )
-        z, tau, context = planned_input(image, FRAMES)
-        c_S, stage = torch.cat([z, z[:, :1]], dim=1), torch.zeros(1, dtype=torch.long, device="meta")
-        forward = lambda: model(z, tau, context, c_S, stage)  # noqa: E731
-        return training_cost(config, "model", model, forward, config.batch, config.steps)
+        return plan(config)
     run = Run(NAME, config)
     image = lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps,

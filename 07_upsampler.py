@@ -346,28 +346,33 @@ def evaluate(run: Run, config: Config, source: Source, model: Upsampler) -> None
 # %% Main
 
 
+def plan(config: Config) -> None:
+    """--dry-run: parameters, shapes, FLOPs and memory."""
+    image = lesson02.planned(config)
+    with torch.device("meta"):
+        model = Upsampler(config)
+    model.requires_grad_(False)
+    train_temporal_only(model.unet)
+    large = (SCALE * image.config.height, SCALE * image.config.width)
+    dry_run(
+        config,
+        {"model": model},
+        {
+            "patches": (config.batch, config.frames, 3, SCALE * config.patch, SCALE * config.patch),
+            "small frames": (config.frames, 3, image.config.height, image.config.width),
+            "large frames": (config.frames, 3, *large),
+        },
+    )
+    side, one = SCALE * config.patch, torch.zeros(1, device="meta")
+    x, small = (torch.zeros(config.frames, 3, n, n, device="meta") for n in (side, config.patch))
+    forward = lambda: model(x, one, small, one, config.frames)  # noqa: E731
+    training_cost(config, "model", model, forward, config.batch, config.steps)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        image = lesson02.planned(config)
-        with torch.device("meta"):
-            model = Upsampler(config)
-        model.requires_grad_(False)
-        train_temporal_only(model.unet)
-        large = (SCALE * image.config.height, SCALE * image.config.width)
-        dry_run(
-            config,
-            {"model": model},
-            {
-                "patches": (config.batch, config.frames, 3, SCALE * config.patch, SCALE * config.patch),
-                "small frames": (config.frames, 3, image.config.height, image.config.width),
-                "large frames": (config.frames, 3, *large),
-            },
-        )
-        side, one = SCALE * config.patch, torch.zeros(1, device="meta")
-        x, small = (torch.zeros(config.frames, 3, n, n, device="meta") for n in (side, config.patch))
-        forward = lambda: model(x, one, small, one, config.frames)  # noqa: E731
-        return training_cost(config, "model", model, forward, config.batch, config.steps)
+        return plan(config)
     run = Run(NAME, config)
     image = lesson02.load(run)
     if config.patch > min(image.config.height, image.config.width):

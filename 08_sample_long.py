@@ -271,7 +271,7 @@ def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> Non
 # %% Main
 
 
-def show_plan(config: Config) -> None:
+def plan(config: Config) -> None:
     """--dry-run: parameters of every stage and the shapes at their borders."""
     from extra.plan import dry_run
     from kit.flags import preset_config
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     one_process(NAME)
     if config.dry_run:
-        return show_plan(config)
+        return plan(config)
     if config.first_frame:
         read_first_frame(config.first_frame, 8, 8)  # a wrong path should not cost a minute
     run = Run(NAME, config)

@@ -284,6 +284,8 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
+    free = TrainingConfig.free | {"keep_captions", "shard"}
+
     prompt: str | None = None  # text to show, "" for none; nothing is trained then
     negative: str = ""  # what to steer away from, in the place of no text at all
     key_frames: Count = 8  # key frames of the video, 16 (n - 1) + 1 frames come of n
@@ -483,7 +485,7 @@ def show(config: Config) -> None:
 # %% Main
 
 
-def show_plan(config: Config) -> None:
+def plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step needs."""
     image = planned(config)
     with torch.device("meta"):
@@ -507,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.inspect:
         return print(inspect(config.inspect))
     if config.dry_run:
-        return show_plan(config)
+        return plan(config)
     if config.key_frames < 2 or config.wider < 1 or config.reach < 0:
         raise UserError("--key-frames at least 2, --wider at least 1, --reach not negative")
     if config.prompt is not None:

@@ -330,12 +330,12 @@ def report_identity(run: Run, config: Config, image: ImageModel, found: dict, re
 # %% Main
 
 
-def show_plan(config: Config) -> None:
+def plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step of the U-Net needs (the text encoder adds little)."""
     image = lesson09.planned(config)
     with torch.device("meta"):
-        plan = preset_config(lesson09.Config, lesson09.PRESETS, config.preset)
-        models = {"unet": image.unet(), "video unet": lesson09.key_frame_model(plan, image)}
+        settings = preset_config(lesson09.Config, lesson09.PRESETS, config.preset)
+        models = {"unet": image.unet(), "video unet": lesson09.key_frame_model(settings, image)}
     models["video unet"].requires_grad_(False)  # nothing of it is trained here
     if image.conditioner is not None:  # Stable Diffusion's is in --text-encoder's folder
         models["conditioner"] = image.conditioner
@@ -344,7 +344,7 @@ def show_plan(config: Config) -> None:
         "pictures": (2 * config.batch, 3, image.config.height, image.config.width),
         "latents": (2 * config.batch, *image.shape),
         "text": (2 * config.batch, words, lesson09.token_width(image)),
-        "videos": (config.samples, plan.frames, *image.shape),
+        "videos": (config.samples, settings.frames, *image.shape),
     })
     z, tau = torch.zeros(1, *image.shape, device="meta"), torch.zeros(1, device="meta")
     text = torch.zeros(1, words, lesson09.token_width(image), device="meta")
@@ -354,18 +354,18 @@ def show_plan(config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        return show_plan(config)
+        return plan(config)
     if config.data != "driving" and not config.instances:
         raise UserError(f"--data {config.data} also needs --instances: the van is drawn for the drawn scenes only")
     run = Run(NAME, config)
     image = lesson09.open_backbone(run, config)
     # through a copy: lesson 9 may have tuned spatial weights of its own, DreamBooth begins with the original ones
-    video, plan = lesson09.load_key_frames(run, copy.copy(image))
+    video, settings = lesson09.load_key_frames(run, copy.copy(image))
     pictures, captions, prior_captions = subject(config, image)
     prior = sample_prior(run, config, image, prior_captions)
     train(run, config, image, pictures, captions, prior, prior_captions)
     run.end_training()
-    evaluate(run, config, image, load(run, image), video, plan.frames, pictures)
+    evaluate(run, config, image, load(run, image), video, settings.frames, pictures)
     known_good(run, PRESETS)
 
 

@@ -321,7 +321,7 @@ def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: 
 # %% Main
 
 
-def show_plan(config: Config) -> None:
+def plan(config: Config) -> None:
     """--dry-run: parameters, shapes, and what a training step needs."""
     image = lesson09.planned(config)
     if config.backbone:
@@ -345,7 +345,7 @@ def show_plan(config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
-        return show_plan(config)
+        return plan(config)
     run = Run(NAME, config)
     image = open_image(run, config)
     torch.manual_seed(config.seed)

@@ -103,7 +103,7 @@ GENERATED = (
 def write_expected(out: Path) -> None:
     """docs/expected/NN.csv from a finished run of a preset: losses at a tenth, a third and the end, and all numbers."""
     sys.path.insert(0, str(DOCS.parent))
-    from kit.flags import RUNTIME_FIELDS, preset_config
+    from kit.flags import preset_config
     from kit.run import mean_before
 
     for folder in sorted(out.glob("??_*")):
@@ -112,7 +112,7 @@ def write_expected(out: Path) -> None:
         config, lesson = json.loads((folder / "config.json").read_text()), import_module(folder.name)
         preset = config["preset"]
         default = json.loads(json.dumps(asdict(preset_config(lesson.Config, lesson.PRESETS, preset))))
-        fixed = (k for k in default if k not in RUNTIME_FIELDS or k == "steps")
+        fixed = (k for k in default if k not in lesson.Config.free or k == "steps")
         if changed := [k for k in fixed if config.get(k, default[k]) != default[k]]:
             print(f"{folder.name}: not the preset's flags ({', '.join(changed)}), left out")
             continue

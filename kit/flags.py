@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,10 @@ Amount = Annotated[float, Range(0, 1e20)]
 
 @dataclasses.dataclass(kw_only=True)
 class BaseConfig:
+    """What every script has. `free` names the fields that may differ between two runs into the same folder."""
+
+    free = frozenset({"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run"})
+
     preset: str = "cpu"  # smoke, cpu, gpu, paper or biking (the two columns of the paper's Tables 6 to 8)
     data: str = "driving"  # "driving" for the built-in scenes, or a folder of videos
     final_fps: Annotated[float, Range(0.1, 1000)] = 30.0  # final frame rate; key frames have a sixteenth of it
@@ -67,6 +72,11 @@ class BaseConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig(BaseConfig):
+    """What every script that trains has as well."""
+
+    free = BaseConfig.free | {"accumulate", "checkpointing", "workers", "cache_latents", "flops", "cuda_graphs",
+                              "compile"}
+
     accumulate: Count = 1  # portions in which a process computes its share of the batch; more of them need less memory
     checkpointing: bool = False  # recompute activations in the backward pass, for less memory
     workers: Annotated[int, Range(0, 1024)] = 0  # processes that prepare the clips of the next steps
@@ -76,12 +86,6 @@ class TrainingConfig(BaseConfig):
     device_noise: bool = False  # draw noise on the GPU: faster, but no longer the noise that a CPU draws for this seed
     reuse: Count = 1  # steps in a row that share clips, each with noise of its own: where making clips takes longest
     flops: Amount = 0.0  # with --dry-run: FLOP/s of all devices together, to print the time of the whole run
-
-
-# what may differ between two runs into the same folder
-RUNTIME_FIELDS = {"out", "steps", "device", "precision", "threads", "save_every", "resume", "overwrite", "dry_run",
-                  "sample_boxes", "keep_captions", "accumulate", "checkpointing", "workers", "cache_latents",
-                  "flops", "shard", "cuda_graphs", "compile"}
 
 
 @functools.cache
@@ -102,13 +106,21 @@ def preset_config(config_class: type, presets: dict[str, dict], preset: str, **o
     return config_class(**{"preset": preset, **presets[preset], **overrides})
 
 
-def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, doc: str):
-    """Flags to configuration: defaults of the dataclass, overridden by the preset, overridden by the flags."""
+def parse(config_class: type, presets: dict[str, dict] | Callable[[dict], dict[str, dict]], argv: list[str] | None,
+          doc: str):
+    """Flags to configuration: defaults of the dataclass, overridden by the preset, overridden by the flags.
+
+    presets: by name; or what gives them, for the flags that were given.
+    """
+    presets_for = presets if callable(presets) else lambda given: presets
     # allow_abbrev off: a prefix that happens to be unique today would silently mean something else tomorrow.
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    comments, shown = field_help(config_class), preset_config(config_class, presets, config_class.preset)
+    comments = field_help(config_class)
+    shown = preset_config(config_class, presets_for({}), config_class.preset)
+    groups = {base: parser.add_argument_group(title) for base, title in
+              ((config_class, "of this script"), (TrainingConfig, "of training"), (BaseConfig, "of every script"))}
     for field in dataclasses.fields(config_class):
         flag, (kind, several, allowed) = "--" + field.name.replace("_", "-"), kind_of(config_class, field.name)
         notes = [str(allowed)] if allowed else []
@@ -122,11 +134,13 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None, 
         else:
             options["type"] = kind
             options |= {"nargs": "*"} if several else {}
-        parser.add_argument(flag, **options)
+        home = next(base for base in (BaseConfig, TrainingConfig, config_class)
+                    if field.name in getattr(base, "__dataclass_fields__", ()))
+        groups[home].add_argument(flag, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     preset = given.pop("preset", config_class.preset)
-    config = preset_config(config_class, presets, preset, **given)
+    config = preset_config(config_class, presets_for(given), preset, **given)
     check_ranges(config)
     check_together(config)
     return config

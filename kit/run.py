@@ -23,7 +23,7 @@ from torch import nn
 from kit import parallel
 from kit.errors import UserError
 from kit.files import CHECKPOINTS, check_lineage, command, load_checkpoint, lock, write_text
-from kit.flags import RUNTIME_FIELDS, BaseConfig, preset_config
+from kit.flags import BaseConfig, preset_config
 
 
 def keep_freed_memory() -> None:
@@ -103,7 +103,7 @@ class Run:
                   flush=True)
 
     def _claim_folder(self) -> None:
-        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in RUNTIME_FIELDS}
+        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in self.config.free}
         mine = json.loads(json.dumps(mine))
         path = self.folder / "config.json"
         made = path.exists() and any(p.name not in ("config.json", "env.txt", "lock") for p in self.folder.iterdir())
@@ -272,7 +272,7 @@ def known_good(run: Run, presets: dict[str, dict]) -> None:
     path, default = EXPECTED / f"{run.name[:2]}.csv", preset_config(type(run.config), presets, run.config.preset)
     if not path.exists() or any(
         getattr(run.config, f.name) != getattr(default, f.name)
-        for f in dataclasses.fields(default) if f.name == "steps" or f.name not in RUNTIME_FIELDS
+        for f in dataclasses.fields(default) if f.name == "steps" or f.name not in default.free
     ):
         return
     rows = [row for row in csv.DictReader(path.open()) if row["preset"] == run.config.preset]

@@ -1,6 +1,7 @@
 """What the models are told: masks leak nothing, patches are the same in all frames, portions cover a video."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,8 +72,10 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     tokens = new["input_blocks.1.0.time_stack.in_layers.0.weight"]
     assert tokens[width:].eq(1).all()
     other = image.unet(TemporalOptions(ff_mult=2 * config.feed_forward)).state_dict()
-    with pytest.raises(UserError, match="--feed-forward"):
-        grow(unet, {name: value for name, value in other.items() if is_temporal(name)})
+    trained = {"ema": {"shadow": {name: value for name, value in other.items() if is_temporal(name)}}}
+    run = SimpleNamespace(trained=lambda lesson, lineage: trained)
+    with pytest.raises(UserError, match="03_temporal_layers: .*--feed-forward"):
+        lesson05.begin_with(run, image, unet, "03_temporal_layers")
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "paper", "biking"])

@@ -189,7 +189,7 @@ def test_latents_are_kept(tmp_path: Path) -> None:
 
 def test_out_of_memory_is_one_line(lessons: Path, tmp_path: Path) -> None:
     code = ("import sys, torch, importlib; torch.cuda.set_per_process_memory_fraction(0.0005);"
-            "from common.training import cli; lesson = importlib.import_module('05_prediction');"
+            "from kit.errors import cli; lesson = importlib.import_module('05_prediction');"
             "sys.argv = ['05_prediction.py', *sys.argv[1:]]; raise SystemExit(cli(lesson.main))")
     for name in ("02_image_ldm", "03_temporal_layers"):
         (tmp_path / name).symlink_to(lessons / name)

@@ -279,7 +279,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     lock(tmp_path)
     lock(tmp_path)  # this process again
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n" \
-           f"from common.training import cli, lock\nsys.exit(cli(lambda _: lock(Path({str(tmp_path)!r}))))"
+           "from kit.errors import cli\nfrom kit.files import lock\n" \
+           f"sys.exit(cli(lambda _: lock(Path({str(tmp_path)!r}))))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert other.returncode == 2 and "is in use by another run" in other.stderr
     file = LOCKS.pop(tmp_path.resolve() / "lock")
