@@ -89,7 +89,7 @@ def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("gpu", Path(bench.__file__).parent / "gpu.py")
     gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu)
-    gpu.main(["--tiny", "--minutes", "5", "--out", str(tmp_path)])
+    gpu.main(["--tiny", "--minutes", "15", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: job["exit code"] for name, job in first.items()} == dict.fromkeys(
         ("tests", "lessons", "large", "training", "weights 02", "weights 03", "weights 05", "weights 05, last steps",
@@ -97,7 +97,7 @@ def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
     assert {job["part"] for job in first.values()} == set(gpu.PARTS)
     first["training"]["exit code"] = -15  # as if it had been stopped
     (tmp_path / "gpu.json").write_text(json.dumps(first))
-    gpu.main(["--tiny", "--minutes", "5", "--out", str(tmp_path)])
+    gpu.main(["--tiny", "--minutes", "15", "--out", str(tmp_path)])
     second = json.loads((tmp_path / "gpu.json").read_text())
     assert second["training"]["exit code"] == 0 and second["weights 06"] == first["weights 06"]
 
