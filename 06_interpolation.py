@@ -10,7 +10,7 @@ One thing is not the paper's, and off in its presets (--no-calm): frames are sam
 that the known ends come back with is taken off the frames between them. A small model's video boils less for it, and
 an untrained one gives the linear blend of the ends: look where things move, as one of the numbers does.
 
-Expect of the shipped weights, trained longer than this preset: where things move, 4.5 and 2.3 dB nearer to the true
+Expect of the shipped weights, trained longer than this preset: where things move, 5.0 and 2.7 dB nearer to the true
 frames than the blend, which shows ghosts; at the final rate neighbouring frames still differ twice as much as real ones
 do. After the few steps of this preset moving things are no better than in the blend.
 

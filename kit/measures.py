@@ -59,6 +59,13 @@ def motion(video: torch.Tensor, block: int = 8, reach: int = 6) -> tuple[torch.T
     return mean(distance), mean(mismatch)
 
 
+def ratio_of_means(values: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
+    """mean(values) / mean(real), one value a clip, and its standard error, as if the clips were drawn apart."""
+    ratio = float(values.mean() / real.mean())
+    error = (values.var() / len(values) + ratio**2 * real.var() / len(real)) ** 0.5 / real.mean()
+    return ratio, float(error)
+
+
 def flicker(video: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean absolute error of frame-to-frame differences against the true clip."""
     return float((video.float().diff(dim=1) - truth.float().diff(dim=1)).abs().mean())

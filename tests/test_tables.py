@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from extra.metrics import (
     same_protocol,
     spoil,
 )
+from judging.numbers import number
+from judging.pages import add_rows, summary, verdict
+from judging.study import wilson
+from judging.verdicts import TIMELESS, judge, self_checks
 from kit.data import DrivingScenes
 from kit.errors import UserError
 from kit.flags import preset_config
@@ -163,7 +168,7 @@ def test_a_file_that_is_no_detector(tmp_path: Path) -> None:
 
 def entry(value: float, **changes: object) -> dict:
     about = dict(metric="toy-FVD", network="n", frames=8, fps=2.0, size="32 x 64", samples=256, references=1024)
-    return tables.number(value, Protocol(**about | changes))
+    return number(value, Protocol(**about | changes))
 
 
 def test_numbers_of_different_protocols_refuse_to_be_compared() -> None:
@@ -182,32 +187,32 @@ def records(row: str, values: list[float], table: str = "ablations", metric: str
     [([12, 13, 14], True), ([10.1, 13, 25], False), ([12, 9, 14], False), ([8, 7, 6], False)],
 )  # clear; too noisy; one seed the other way; the other way
 def test_an_ordering_holds_only_when_it_is_clear(pixel: list[float], holds: bool) -> None:
-    (verdict,) = tables.judge(records("ours", [10, 10, 10]) + records("pixel", pixel))
+    (verdict,) = judge(records("ours", [10, 10, 10]) + records("pixel", pixel), tables.CLAIMS)
     assert verdict.holds is holds
 
 
 @pytest.mark.parametrize(("learned", "holds"), [([5.1, 4.9, 5.0], True), ([8, 8, 8], False)])
 def test_an_equivalence_is_measured_by_the_floor(learned: list[float], holds: bool) -> None:
     rows = records("real", [1, 1, 1], "conditional", "toy-FID") + records("alpha = 1", [5, 5, 5], "alpha", "toy-FID")
-    (verdict,) = tables.judge(rows + records("learned alpha", learned, "alpha", "toy-FID"))
+    (verdict,) = judge(rows + records("learned alpha", learned, "alpha", "toy-FID"), tables.CLAIMS)
     assert verdict.holds is holds
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_than_three_seeds_prove_no_ordering(seeds: int) -> None:
-    (verdict,) = tables.judge(records("ours", [10] * seeds) + records("pixel", [20] * seeds))
+    (verdict,) = judge(records("ours", [10] * seeds) + records("pixel", [20] * seeds), tables.CLAIMS)
     assert not verdict.holds
 
 
 def test_self_checks_fail_where_a_metric_is_blind() -> None:
     rows = {"real against itself": 0, "real against real": 1, "real, half as many": 2, "little noise": 2,
             "more noise": 3, "blur": 3, "fewer cars": 3}
-    rows |= {row: 11 for row in (*tables.TIMELESS, "jitter of 5 levels")}
+    rows |= {row: 11 for row in (*TIMELESS, "jitter of 5 levels")}
     seen = [r for row, v in rows.items() for r in records(row, [v], "checks")]
-    assert all(good for _, good in tables.self_checks(seen))
+    assert all(good for _, good in self_checks(seen))
     blind = [r for r in seen if r["row"] not in ("blur", "half speed")]
     blind += records("blur", [0.5], "checks") + records("half speed", [9], "checks")
-    assert [s for s, good in tables.self_checks(blind) if not good] == [
+    assert [s for s, good in self_checks(blind) if not good] == [
         "blur raises toy-FVD above real against real",
         "half speed: toy-FVD is 9 times that of real clips (at least 10)"]
 
@@ -215,7 +220,7 @@ def test_self_checks_fail_where_a_metric_is_blind() -> None:
 def test_a_self_check_that_holds_by_less_than_its_spread_does_not_hold() -> None:
     found = [r for row, v in {"real against itself": [0, 0, 0], "real against real": [1, 1, 1],
                               "little noise": [1.1, 1.2, 3]}.items() for r in records(row, v, "checks")]
-    assert not dict(tables.self_checks(found))["little noise raises toy-FVD above real against real"]
+    assert not dict(self_checks(found))["little noise raises toy-FVD above real against real"]
 
 
 # %% The script
@@ -262,9 +267,9 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(measured: 
 def test_processes_side_by_side_keep_each_others_rows(tmp_path: Path) -> None:
     config = preset_config(tables.Config, tables.PRESETS, "smoke", results=str(tmp_path))
     rows = [{"table": "ablations", "row": name, "seed": s, "numbers": {}} for s, name in ((1, "ours"), (0, "pixel"))]
-    tables.add_rows(config, rows[:1])
-    tables.add_rows(config, rows[1:])  # another process
-    results = tables.add_rows(config, rows[:1])
+    add_rows(config, tables.TABLES, rows[:1])
+    add_rows(config, tables.TABLES, rows[1:])  # another process
+    results = add_rows(config, tables.TABLES, rows[:1])
     assert results["records"] == [rows[1], rows[0]]  # each once, by seed
     assert json.loads((tmp_path / "tables.json").read_text()) == results
 
@@ -281,14 +286,9 @@ def test_render_writes_the_same_text_again(measured: Path) -> None:
         (("--table", "nonsense"), "there is checks"),
         (("--samples", "10"), "needs more clips"),
         (("--rollouts", "48"), "needs more clips"),
-        (("--data", "somewhere"), "go with --protocol"),
+        (("--data", "somewhere"), "judging/folders.py"),
         (("--detector", "none.pt"), "add --frames 16"),
         (("--preset", "smoke", "--detector", "none.pt", "--frames", "16"), "not a readable"),
-        (("--protocol", "ucf101"), "10,000 videos"),
-        (("--protocol", "msrvtt", "--generated", "x"), "--clip FOLDER"),
-        (("--study", "x"), "two folders"),
-        (("--study", "x", "y"), "no video"),
-        (("--score", "none.json"), "not the answers"),
         (("--render", "--results", "nowhere"), "no rows yet"),
     ],
 )
@@ -322,9 +322,30 @@ def test_pages_show_the_committed_results() -> None:
     if not path.exists():
         pytest.skip("no results are committed yet")
     results = json.loads(path.read_text())
-    assert tables.summary(results) + "\n" == path.with_suffix(".md").read_text(), "run: python 12_tables.py --render"
+    page = summary(results, tables.TABLES, tables.CLAIMS) + "\n"
+    assert page == path.with_suffix(".md").read_text(), "run: python 12_tables.py --render"
     said = " ".join((ROOT / "README.md").read_text().split())
-    assert tables.verdict(results["records"]) in said
+    assert verdict(results["records"], tables.CLAIMS) in said
+
+
+def program(name: str, *flags: object) -> subprocess.CompletedProcess:
+    """python -m NAME, as a user starts it."""
+    return subprocess.run([sys.executable, "-m", name, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("folders", "ucf101"), "10,000 videos"),
+        (("folders", "msrvtt", "--generated", "x"), "--clip FOLDER"),
+        (("folders", "msrvtt", "--generated", "x", "--clip", "y", "--clips", "-1"), "negative"),
+        (("study", "page", "x", "y"), "no video"),
+        (("study", "score", "none.json"), "not the answers"),
+    ],
+)
+def test_programs_end_in_one_line(flags: tuple, said: str) -> None:
+    done = program(f"judging.{flags[0]}", *flags[1:])
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 @pytest.fixture
@@ -341,11 +362,11 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_folders_judged_by_the_protocol_of_table_4(folders: Path) -> None:
-    flags = ("--protocol", "ucf101", "--preset", "smoke", "--final-fps", 10, "--detector", folders / "i3d.pt")
-    done = start("12_tables", *flags, "--data", folders / "a", "--generated", folders / "b", "--out", folders / "out")
+    flags = ("ucf101", "--clips", 10, "--fps", 10, "--detector", folders / "i3d.pt", "--real", folders / "a")
+    done = program("judging.folders", *flags, "--generated", folders / "b")
     assert done.returncode == 0, done.stderr
     assert "FVD: " in done.stdout and "frames=16" in done.stdout and "550.61" in done.stdout
-    same = start("12_tables", *flags, "--data", folders / "a", "--generated", folders / "a", "--out", folders / "out2")
+    same = program("judging.folders", *flags, "--generated", folders / "a")
     assert "FVD: 0.00" in same.stdout or "FVD: -0.00" in same.stdout, same.stdout
 
 
@@ -355,13 +376,13 @@ def test_folders_judged_by_the_protocol_of_table_4(folders: Path) -> None:
 def test_scores_of_a_study_with_intervals(tmp_path: Path) -> None:
     answers = [{"preferred": p} for p in ["A"] * 60 + ["B"] * 30 + ["equal"] * 10]
     (tmp_path / "answers.json").write_text(json.dumps({"answers": answers}))
-    done = start("12_tables", "--score", tmp_path / "answers.json")
+    done = program("judging.study", "score", tmp_path / "answers.json")
     assert done.returncode == 0 and "A: 60.0 %   (95 % interval 50.2 to 69.1, 60 of 100)" in done.stdout
 
 
 def test_wilson_intervals_stay_between_zero_and_one() -> None:
-    assert tables.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12) and tables.wilson(10, 10)[1] <= 1
-    assert tables.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12) and wilson(10, 10)[1] <= 1
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +392,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
         (folder / name).mkdir()
         for i in range(3):
             shutil.copy(measured / "results" / "alpha.png", folder / name / f"{i}.png")
-    done = start("12_tables", "--study", folder / "a", folder / "b", "--results", folder)
+    done = program("judging.study", "page", folder / "a", folder / "b", "--to", folder / "study.html")
     assert done.returncode == 0 and "3 pairs" in done.stdout, done.stderr
     return folder / "study.html"
 

@@ -1,0 +1,1 @@
+"""What videos are judged by: numbers of sets of clips, the papers' protocols for folders, people's choices."""
