@@ -35,10 +35,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 from common.image_model import ImageModel, conditions
-from extra.plan import count
+from extra.plan import count, dry_run
 from kit.data import HELD_OUT, Clips, open_data
 from kit.errors import UserError, cli
-from kit.flags import Amount, BaseConfig, Count, Range, parse
+from kit.flags import Amount, BaseConfig, Count, Range, parse, preset_config
 from kit.measures import sharpness
 from kit.media import fitted, open_picture
 from kit.pictures import VideoWriter, plt, save_animation, save_figure, sheet, to_uint8
@@ -273,9 +273,6 @@ def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> Non
 
 def plan(config: Config) -> None:
     """--dry-run: parameters of every stage and the shapes at their borders."""
-    from extra.plan import dry_run
-    from kit.flags import preset_config
-
     image = lesson02.planned(config)
     lessons = (lesson04, lesson05, lesson06, lesson07)
     options = {lesson: preset_config(lesson.Config, lesson.PRESETS, config.preset) for lesson in lessons}

@@ -282,12 +282,17 @@ def candidates(folder: Path) -> list[Path]:
     return found
 
 
+@functools.cache
+def examined(path: Path, default_fps: float, changed: int) -> Recording:
+    return examine(path, default_fps)
+
+
 def find_recordings(folder: Path, final_fps: float) -> list[Recording]:
     """All readable clips of a folder; the others are named on stderr. Raises UserError when there is none."""
     found, skipped = [], []
     for path in candidates(folder):
         try:
-            found.append(examine(path, final_fps))
+            found.append(dataclasses.replace(examined(path, final_fps, path.stat().st_mtime_ns)))
         except UserError:
             raise
         except Exception as error:  # PyAV and Pillow raise whatever the codec raises
@@ -310,6 +315,28 @@ def summary(recordings: list[Recording]) -> str:
              " to ".join(f"{width} x {height}" for height, width in dict.fromkeys([sizes[0], sizes[-1]]))]
     said = Counter(what for r in recordings for what in r.said)
     return ", ".join(parts) + "".join(f"; {count} {what}" for what, count in said.items())
+
+
+def look_into(folder: Path, final_fps: float) -> list[Recording]:
+    """The clips of a folder, and the line that says what it gives. Raises UserError when there is none."""
+    recordings = find_recordings(folder, final_fps)
+    note(f"{folder}: {summary(recordings)}")
+    return recordings
+
+
+USUAL_RATES = np.array([5, 6, 7.5, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240])
+
+
+def usual_rate(recordings: Sequence[Recording]) -> float:
+    """The rate that most minutes of some clips have. What is within 2 % of a usual one (29.97, a phone's 29.66) passes
+    for it; single pictures have none, and where there is nothing else it is 30."""
+    seconds: Counter = Counter()
+    for recording in recordings:
+        if recording.fps < math.inf:
+            near = float(USUAL_RATES[np.abs(np.log(USUAL_RATES / recording.fps)).argmin()])
+            rate = near if abs(recording.fps / near - 1) < 0.02 else float(f"{recording.fps:.3g}")
+            seconds[rate] += recording.seconds
+    return max(seconds, key=lambda rate: (seconds[rate], rate)) if seconds else 30.0
 
 
 def read_text(path: Path) -> str:
@@ -380,8 +407,7 @@ class VideoFolder:
     def __init__(self, folder: Path, height: int, width: int, final_fps: float) -> None:
         self.folder, self.name = folder, folder.resolve().name
         self.height, self.width, self.final_fps = height, width, final_fps
-        self.recordings = find_recordings(folder, final_fps)
-        note(f"{folder}: {summary(self.recordings)}")
+        self.recordings = look_into(folder, final_fps)
         read_labels(folder, self.recordings)
         self.labelled = all(r.night >= 0 and r.cars >= 0 for r in self.recordings)
         # lengths count as equal to a tenth of a second; the sort keeps the order of names
@@ -455,15 +481,11 @@ class VideoFolder:
         return recording.kept[indices]
 
 
-class Ahead:
-    """A source whose training clips are made by worker processes while the step before is computed.
+class Around:
+    """Another source, but for its training clips, whose keys are (seed, lesson, step, ...): steps follow each other."""
 
-    Keys of training clips are (seed, lesson, step, ...), and steps follow each other: what comes next is known.
-    """
-
-    def __init__(self, source: DrivingScenes | VideoFolder, workers: int) -> None:
-        self.source, self.workers, self.coming = source, workers, {}
-        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(source,))
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.source, name)
@@ -473,8 +495,20 @@ class Ahead:
         if split != "train" or len(key) < 3:
             return self.source.clips(key, rows, frames, fps, split)
         seed, lesson, step, *rest = key
-        rows = range(rows) if isinstance(rows, int) else rows
-        asked = [((seed, lesson, step + i, *rest), tuple(rows), frames, fps) for i in range(self.workers + 1)]
+        rows = tuple(range(rows) if isinstance(rows, int) else rows)
+        return self.of_step(step, lambda step: ((seed, lesson, step, *rest), rows, frames, fps))
+
+
+class Ahead(Around):
+    """Training clips are made by worker processes while the step before is computed: what comes next is known."""
+
+    def __init__(self, source: DrivingScenes | VideoFolder, workers: int) -> None:
+        super().__init__(source)
+        self.workers, self.coming = workers, {}
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(source,))
+
+    def of_step(self, step: int, request: Callable[[int], tuple]) -> Clips:
+        asked = [request(step + i) for i in range(self.workers + 1)]
         for one in asked[asked[0] not in self.coming :]:  # what nobody has begun is made here
             if one not in self.coming:
                 self.coming[one] = self.pool.submit(make_clips, *one)
@@ -482,25 +516,18 @@ class Ahead:
         return self.source.clips(*asked[0]) if made is None else made.result()
 
 
-class Again:
-    """A source whose training clips serve several steps in a row (--reuse), each with noise of its own, and stay on the
-    device meanwhile: for where making clips takes longer than training on them. prepare: what is done once to a video
+class Again(Around):
+    """Training clips serve several steps in a row (--reuse), each with noise of its own, and stay on the device
+    meanwhile: for where making clips takes longer than training on them. prepare: what is done once to a video
     b t c h w, as encoding it."""
 
-    def __init__(self, source: "DrivingScenes | VideoFolder | Ahead", times: int, device: torch.device | str,
+    def __init__(self, source: Source, times: int, device: torch.device | str,
                  prepare: Callable[[torch.Tensor], torch.Tensor] = lambda video: video) -> None:
-        self.source, self.times, self.device, self.prepare, self.kept = source, times, device, prepare, {}
+        super().__init__(source)
+        self.times, self.device, self.prepare, self.kept = times, device, prepare, {}
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.source, name)
-
-    def clips(self, key: Sequence[int], rows: int | Sequence[int], frames: int, fps: float,
-              split: str = "train") -> Clips:
-        if split != "train" or len(key) < 3:
-            return self.source.clips(key, rows, frames, fps, split)
-        seed, lesson, step, *rest = key
-        rows = range(rows) if isinstance(rows, int) else rows
-        asked = (seed, lesson, step // self.times, *rest), tuple(rows), frames, fps
+    def of_step(self, step: int, request: Callable[[int], tuple]) -> Clips:
+        asked = request(step // self.times)
         if asked not in self.kept:
             self.kept = {old: clips for old, clips in self.kept.items() if old[0][2] == asked[0][2]}
             clips = self.source.clips(*asked)
@@ -519,7 +546,7 @@ def make_clips(*request: object) -> Clips:
 
 
 def open_data(data: str, height: int, width: int, final_fps: float, workers: int = 0, reuse: int = 1,
-              device: torch.device | str = "cpu") -> DrivingScenes | VideoFolder | Ahead | Again:
+              device: torch.device | str = "cpu") -> Source:
     """The built-in scenes for "driving", else a folder of videos. Raises UserError.
 
     workers: processes that make the clips of coming steps; reuse: steps in a row that share clips, kept on `device`.

@@ -11,23 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+from kit.data import look_into, usual_rate
 from kit.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included: `lr: Annotated[float, Range(0, 10)]`. kind: "", "odd", "power of 2"."""
+    """What a number may be, both ends included: `lr: Annotated[float, Range(0, 10)]`. kind: "", "odd", "power of 2".
+
+    auto: 0, written "auto", is allowed as well and means that the program chooses.
+    """
 
     low: float
     high: float
     kind: str = ""
+    auto: bool = False
 
     def __contains__(self, value: float) -> bool:
+        if self.auto and value == 0:
+            return True
         fits = {"": True, "odd": value % 2 == 1, "power of 2": value > 0 and math.log2(value) % 1 == 0}
         return self.low <= value <= self.high and fits[self.kind]  # nan is in no range
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}" + (f", {self.kind}" if self.kind else "")
+        return f"{self.low:g} to {self.high:g}" + (f", {self.kind}" if self.kind else "") + ", or auto" * self.auto
 
 
 Whole = Annotated[int, Range(0, 10**9)]
@@ -50,7 +57,8 @@ class BaseConfig:
 
     preset: str = "cpu"  # smoke, cpu, gpu, paper or biking (the two columns of the paper's Tables 6 to 8)
     data: str = "driving"  # "driving" for the built-in scenes, or a folder of videos
-    final_fps: Annotated[float, Range(0.1, 1000)] = 30.0  # final frame rate; key frames have a sixteenth of it
+    # key frames have a sixteenth of it, the first interpolation pass leads to a quarter
+    final_fps: Annotated[float, Range(0.1, 1000, auto=True)] = 0.0  # final frame rate; auto: 30, or that of most videos
     out: str = ""  # results folder; default runs/PRESET-DATA
     seed: Whole = 0  # seed of everything random
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -60,6 +68,10 @@ class BaseConfig:
     resume: bool = False  # go on from this script's last checkpoint
     overwrite: bool = False  # replace what the folder holds: trained weights, or what another configuration made
     dry_run: bool = False  # print configuration, parameter counts and shapes; write nothing
+
+    def __post_init__(self) -> None:
+        if not self.final_fps and self.data == "driving":
+            self.final_fps = 30.0
 
     def data_name(self) -> str:
         """What the data are called in folders and checkpoints; no folder passes for the built-in scenes."""
@@ -117,8 +129,11 @@ def parse(config_class: type, presets: dict[str, dict] | Callable[[dict], dict[s
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    comments = field_help(config_class)
-    shown = preset_config(config_class, presets_for({}), config_class.preset)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # to show the defaults of the preset asked for
+    early.add_argument("--preset", default=config_class.preset)
+    named, comments = early.parse_known_args(argv)[0].preset, field_help(config_class)
+    shown = preset_config(config_class, presets_for({}), named)
+    parser.epilog = f"defaults are those of --preset {named}; --preset NAME --help shows those of another"
     groups = {base: parser.add_argument_group(title) for base, title in
               ((config_class, "of this script"), (TrainingConfig, "of training"), (BaseConfig, "of every script"))}
     for field in dataclasses.fields(config_class):
@@ -132,7 +147,7 @@ def parse(config_class: type, presets: dict[str, dict] | Callable[[dict], dict[s
         elif isinstance(kind, tuple):
             options["choices"] = kind
         else:
-            options["type"] = kind
+            options["type"] = number_or_auto if allowed and allowed.auto else kind
             options |= {"nargs": "*"} if several else {}
         home = next(base for base in (BaseConfig, TrainingConfig, config_class)
                     if field.name in getattr(base, "__dataclass_fields__", ()))
@@ -143,7 +158,16 @@ def parse(config_class: type, presets: dict[str, dict] | Callable[[dict], dict[s
     config = preset_config(config_class, presets_for(given), preset, **given)
     check_ranges(config)
     check_together(config)
+    if config.data != "driving" and (config.dry_run or not config.final_fps):
+        recordings = look_into(Path(config.data).expanduser(), config.final_fps or 30.0)
+        if not config.final_fps:
+            config.final_fps = usual_rate(recordings)
+            print(f"--final-fps {config.final_fps:g}, the rate that most minutes of {config.data} have")
     return config
+
+
+def number_or_auto(text: str) -> float:
+    return 0.0 if text == "auto" else float(text)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from extra.latents import with_latents
 from kit import data
-from kit.data import VideoFolder, open_data
+from kit.data import Recording, VideoFolder, open_data, usual_rate
 from kit.errors import UserError
 from kit.flags import preset_config
 from kit.run import Run
@@ -170,6 +171,13 @@ def test_no_folder_and_empty_folder(tmp_path):
     Image.fromarray(grey(1)).save(tmp_path / "still.png")
     with pytest.raises(UserError, match=r"still.png \(not animated\).*looked for"):
         open_data(str(tmp_path), 16, 32, 25.0)
+
+
+@pytest.mark.parametrize(("rates", "usual"), [([(25, 60), (30, 50)], 25), ([(29.97, 10), (29.66, 10), (25, 15)], 30),
+                                              ([(17.3, 5)], 17.3), ([], 30)])
+def test_the_usual_rate_is_that_of_most_minutes(rates, usual):
+    clips = [Recording(Path("x"), np.arange(round(seconds * fps)) / fps) for fps, seconds in rates]
+    assert usual_rate([*clips, Recording(Path("picture.png"), np.zeros(1))]) == usual
 
 
 def test_never_above_its_own_rate(tmp_path, capsys):

@@ -210,19 +210,25 @@ def test_a_broken_checkpoint_and_a_mismatched_one(course: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="another configuration"):
         lesson03.main(["--preset", "smoke", "--out", str(course), "--lr", "5"])
     with pytest.raises(UserError, match="data driving"):
-        lesson03.main(["--preset", "smoke", "--out", str(course), "--data", str(tmp_path), "--overwrite"])
+        data = ["--data", str(tmp_path), "--final-fps", "30"]
+        lesson03.main(["--preset", "smoke", "--out", str(course), *data, "--overwrite"])
 
 
-def test_a_folder_of_videos_trains(tmp_path: Path) -> None:
-    """Two lessons on little gifs: clips are read, latents are trained."""
+def test_a_folder_of_videos_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two lessons on little gifs: their rate is found, clips are read, latents are trained."""
     data = tmp_path / "clips"
     data.mkdir()
     rng = np.random.default_rng(0)
     for i in range(3):
         frames = [Image.fromarray(rng.integers(0, 255, (20, 44, 3), dtype=np.uint8)) for _ in range(24)]
         frames[0].save(data / f"{i}.gif", save_all=True, append_images=frames[1:], duration=100)
-    flags = ["--preset", "smoke", "--data", str(data), "--final-fps", "10", "--out", str(tmp_path / "out")]
+    flags = ["--preset", "smoke", "--data", str(data), "--out", str(tmp_path / "out")]
+    import_module("02_image_ldm").main([*flags, "--dry-run"])
+    said = capsys.readouterr()
+    assert "final_fps: 10.0" in said.out and "3 clips, 0.1 minutes, 10 fps, 44 x 20" in said.err
+    assert not (tmp_path / "out").exists()
     import_module("02_image_ldm").main(flags)
+    assert json.loads((tmp_path / "out" / "02_image_ldm" / "config.json").read_text())["final_fps"] == 10
     with pytest.raises(UserError, match="--final-fps"):  # 4 frames at 10 / 16 a second need 4.8 s, the clips have 2.4
         import_module("03_temporal_layers").main(flags)
     import_module("04_decoder_finetune").main(flags)
