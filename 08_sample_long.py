@@ -113,7 +113,7 @@ def frames_of(
     run: Run, config: Config, image: ImageModel, first: torch.Tensor, labels: Clips, length: int, future: int
 ) -> Iterator[torch.Tensor]:
     """The whole stack for one video but the upsampler: 3 H W frames in [-1, 1], `length` of them."""
-    keys = -(-(length - 1) // 4**config.passes) + 1
+    keys = keys_for(length, config.passes)
     stream: Iterable = itertools.islice(key_frames(run, config, image, first, labels, future), keys)
     if config.passes:
         model, settings = lesson06.load(run, image)
@@ -282,11 +282,16 @@ def plan(config: Config) -> None:
                   "video autoencoder": lesson04.video_autoencoder(image, options[lesson04].kernel),
                   "upsampler": lesson07.Upsampler(options[lesson07])}
     length, size = frame_count(config), (image.config.height, image.config.width)
-    keys = -(-(length - 1) // 4**config.passes) + 1
+    keys = keys_for(length, config.passes)
     shapes = {"key frames": (keys, *image.shape), "interpolated": (4**config.passes * (keys - 1) + 1, *image.shape),
               "decoded": (length, 3, *size), "upsampled": (length, 3, *(lesson07.SCALE * s for s in size))}
     dry_run(config, models, shapes)
     print(f"total parameters: {sum(count(m) for m in models.values())}")
+
+
+def keys_for(length: int, passes: int) -> int:
+    """How many key frames lead to `length` frames: N become 4^passes (N - 1) + 1, of which the last may be left out."""
+    return -(-(length - 1) // 4**passes) + 1
 
 
 def frame_count(config: Config) -> int:

@@ -15,7 +15,7 @@ LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 0
 TEXT = 09_text_to_video 10_personalization 11_latent_upsampler
 PROMPT ?= a red car ahead on a left curve at night in the town
 
-.PHONY: help install demo course text weights smoke test lint
+.PHONY: help install demo course text weights smoke test exercises lint
 
 help:
 	@echo "make demo      a long video from the weights in checkpoints/, no training"
@@ -53,7 +53,7 @@ $(OUT)/10_personalization/numbers.json: | $(OUT)/09_text_to_video/numbers.json
 $(OUT)/11_latent_upsampler/numbers.json: | $(OUT)/02_image_ldm-text/numbers.json
 
 demo: $(VENV)/installed
-	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --seed 6 --night 0 --cars 1 --overwrite
+	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --seed 1 --night 0 --cars 1 --overwrite
 
 course: $(LESSONS:%=$(OUT)/%/numbers.json)
 	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
@@ -85,6 +85,9 @@ smoke: $(VENV)/installed
 
 test: $(VENV)/tested
 	$(RUN) -m pytest -q
+
+exercises: $(VENV)/tested
+	$(RUN) -m pytest -q -rs exercises
 
 lint: $(VENV)/tested
 	$(VENV)/bin/ruff check .

@@ -97,17 +97,21 @@ class Diffusion:
             clean, eps = self.split(predict(x, tau).float(), x, tau)
             if after < 0:
                 return clean.clamp(-clamp, clamp) if clamp else clean
-            alpha, sigma, alpha_next, sigma_next = (self.alpha[now], self.sigma[now], self.alpha[after],
-                                                    self.sigma[after])
             if clamp:
                 clean = clean.clamp(-clamp, clamp)
-                eps = (x - alpha * clean) / sigma
-            # Song et al. Eq. (16): the part of the next noise level that is drawn afresh
-            fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
-            x = alpha_next * clean + (sigma_next**2 - fresh**2).clamp(min=0).sqrt() * eps
+                eps = (x - self.alpha[now] * clean) / self.sigma[now]
+            x, fresh = self.ddim_step(clean, eps, now, after, eta)
             if eta > 0:
                 x = x + fresh * torch.randn(x.shape, generator=generator).to(x.device)
         return x
+
+    def ddim_step(self, clean: torch.Tensor, eps: torch.Tensor, now: int, after: int,
+                  eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the clean estimate and the noise at tau = `now` to x at tau = `after`, but for the noise that is drawn
+        afresh; and the deviation of that (Song et al. Eqs. 12 and 16)."""
+        alpha, sigma, alpha_next, sigma_next = self.alpha[now], self.sigma[now], self.alpha[after], self.sigma[after]
+        fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
+        return alpha_next * clean + (sigma_next**2 - fresh**2).clamp(min=0).sqrt() * eps, fresh
 
     @torch.no_grad()
     def loss_at(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,

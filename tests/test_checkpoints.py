@@ -56,7 +56,7 @@ def test_trained_lessons_of_out_come_first(tmp_path: Path, capsys: pytest.Captur
     shutil.copy(CHECKPOINTS / "02_image_ldm" / "autoencoder.pt", tmp_path / "02_image_ldm")
     with pytest.raises(UserError, match="02_image_ldm.py"):  # the next one is missing, and is not taken from elsewhere
         lesson08.main(["--out", str(tmp_path)])
-    for other in (["--preset", "smoke"], ["--data", str(tmp_path)]):
+    for other in (["--preset", "smoke"], ["--data", str(tmp_path), "--final-fps", "30"]):
         with pytest.raises(UserError, match="02_image_ldm.py"):
             lesson08.main(["--out", str(tmp_path / "other"), "--overwrite", *other])
     assert "shipped" not in capsys.readouterr().out

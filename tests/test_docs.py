@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
+PAGES = [ROOT / "README.md", *(path for folder in ("docs", "results", "exercises")
+                              for path in sorted((ROOT / folder).glob("*.md")))]
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 

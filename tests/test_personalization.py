@@ -274,7 +274,7 @@ def test_bad_pictures_are_one_line(fresh: Path, folder: Callable[[int], Path]) -
     ("flags", "says"),
     [
         ([], "--condition text"),
-        (["--data", "clips"], "also needs --instances"),
+        (["--data", "clips", "--final-fps", "30"], "also needs --instances"),
         (["--backbone", "nowhere.safetensors"], "needs --text-encoder"),
         (["--backbone", "sd1"], "is a shape"),
         (["--backbone", "sd1", "--size", "64", "--dry-run"], "height and width"),

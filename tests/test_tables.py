@@ -286,7 +286,7 @@ def test_render_writes_the_same_text_again(measured: Path) -> None:
         (("--table", "nonsense"), "there is checks"),
         (("--samples", "10"), "needs more clips"),
         (("--rollouts", "48"), "needs more clips"),
-        (("--data", "somewhere"), "judging/folders.py"),
+        (("--data", "somewhere", "--final-fps", "30"), "judging/folders.py"),
         (("--detector", "none.pt"), "add --frames 16"),
         (("--preset", "smoke", "--detector", "none.pt", "--frames", "16"), "not a readable"),
         (("--render", "--results", "nowhere"), "no rows yet"),
