@@ -347,7 +347,7 @@ def draw_figure(folder: Path, diffusion: Diffusion, times: list[int], paths: dic
 # %% Main
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> tuple | None:
     config = parse(Config, PRESETS, argv, __doc__)
     model = Denoiser(config.channels, config.layers)
     if config.dry_run:
@@ -423,6 +423,7 @@ def main(argv: list[str] | None = None) -> None:
                 dict(zip(titles, (path_before[:, shown], path_after[:, shown]), strict=True)))
     print(f"pictures: {run.folder}/figure2.png, figure2.gif")
     known_good(run, PRESETS)
+    return run, config, diffusion, model
 
 
 if __name__ == "__main__":

@@ -471,7 +471,7 @@ def plan(config: Config) -> None:
                       config.ae_steps)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> tuple | None:
     config = parse(Config, lambda given: presets("pixel" if given.get("pixel") else given.get("condition", "")), argv,
                    __doc__)
     if config.sample_boxes:
@@ -491,6 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     run.end_training()
     evaluate(run, config, source, *trained)
     known_good(run, PRESETS)
+    return run, config, source, *trained
 
 
 if __name__ == "__main__":

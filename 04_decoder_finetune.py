@@ -365,7 +365,7 @@ def plan(config: Config) -> None:
     training_cost(config, "decoder", autoencoder, forward, config.batch, config.steps)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> tuple | None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
         return plan(config)
@@ -381,6 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     run.end_training()
     evaluate(run, config, source, image, autoencoder)
     known_good(run, PRESETS)
+    return run, config, source, image, autoencoder
 
 
 if __name__ == "__main__":

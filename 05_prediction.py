@@ -378,7 +378,7 @@ def plan(config: Config) -> None:
     training_cost(config, "unet", unet, forward, config.batch, config.steps)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> tuple | None:
     config = parse(Config, PRESETS, argv, __doc__)
     if config.dry_run:
         return plan(config)
@@ -390,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     run.end_training()
     evaluate(run, config, source, image, unet, ema)
     known_good(run, PRESETS)
+    ema.use()
+    return run, config, source, image, unet
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def frame_count(config: Config) -> int:
     return max(2, round(config.seconds * config.final_fps / 4 ** (2 - config.passes)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> tuple | None:
     config = parse(Config, PRESETS, argv, __doc__)
     one_process(NAME)
     if config.dry_run:
@@ -330,6 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         plot_drift(run, record, real, rate)
     print(f"pictures: {run.folder}/{name}.webp, contact_sheet.png, drift.png")
     known_good(run, PRESETS)
+    return run, config, image, labels
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -102,10 +103,11 @@ class TrainingConfig(BaseConfig):
 
 @functools.cache
 def field_help(config_class: type) -> dict[str, str]:
-    """{field: the comment behind it}, read from the source of the dataclass and its bases."""
+    """{field: the comment behind it}, read from the source of the dataclass and its bases (a notebook's has none)."""
     found: dict[str, str] = {}
     for base in reversed(config_class.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
+        source = inspect.getsource(base) if hasattr(sys.modules[base.__module__], "__file__") else ""
+        for line in source.splitlines():
             if match := re.match(r"    (\w+): .*?  # (.*)", line):
                 found[match[1]] = match[2]
     return found
