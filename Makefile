@@ -15,14 +15,14 @@ LESSONS = 01_toy_alignment 02_image_ldm 03_temporal_layers 04_decoder_finetune 0
 TEXT = 09_text_to_video 10_personalization 11_latent_upsampler
 PROMPT ?= a red car ahead on a left curve at night in the town
 
-.PHONY: help install demo course text weights smoke test exercises notebooks lint
+.PHONY: help install demo course text weights smoke test exercises notebooks pages lint
 
 help:
 	@echo "make demo      a long video from the weights in checkpoints/, no training"
 	@echo "make course    train lessons 1 to 8 from nothing, or go on; make text: lessons 9 to 11"
 	@echo "make smoke     run all lessons for a moment; make test, make lint: the tests, the style"
 	@echo "make weights   train longer, and pack checkpoints/"
-	@echo "make exercises check what you have written; make notebooks: the lessons as notebooks"
+	@echo "make exercises check what you have written; make notebooks, make pages: the lessons to read"
 
 install: $(VENV)/installed
 
@@ -92,6 +92,9 @@ exercises: $(VENV)/tested
 
 notebooks: $(VENV)/tested
 	$(RUN) docs/notebooks.py
+
+pages: $(VENV)/tested
+	$(RUN) docs/pages.py
 
 lint: $(VENV)/tested
 	$(VENV)/bin/ruff check .
