@@ -2,6 +2,7 @@
 
   python benchmarks/gpu.py                    nine minutes
   python benchmarks/gpu.py --parts correct    one part
+  python benchmarks/gpu.py --parts compiled   compiled beside diffusers compiled, for which nothing else leaves time
   python benchmarks/gpu.py --tiny             a rehearsal on any machine: smoke presets, every part reached
 
 Each job is a command of its own with a limit in seconds; at its limit it is asked to stop (lessons save and can go on).
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from kit.errors import UserError, cli  # noqa: E402
 from kit.files import CHECKPOINTS, write_text  # noqa: E402
 
-PARTS = ("correct", "fast", "video")
+PARTS = ("correct", "fast", "video", "compiled")
 
 
 # What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 makes 30 of these steps a
@@ -65,7 +66,7 @@ def jobs(out: Path, tiny: bool) -> list[Job]:
     cores = os.cpu_count() or 2
     make = ["make", f"VENV={venv}", f"RUN={python}", "-j", str(max(2, cores // 4)), f"OUT={out}/smoke", "PRESET=smoke",
             "EXTRA=--threads 1"]
-    bench = [python, "benchmarks/run.py", "--repeats", "5", "--what"]
+    bench = [python, "benchmarks/run.py", *(["--help"] if tiny else []), "--repeats", "5", "--what"]
     fast = ["--threads", "1", "--workers", str(max(1, cores // 2 - 2)), "--cuda-graphs", "--device-noise"]
     long = {name: [*flags.split(), *fast, "--steps", "1000000"] for name, (_, _, flags) in WEIGHTS.items()}
     if tiny:
@@ -76,9 +77,8 @@ def jobs(out: Path, tiny: bool) -> list[Job]:
         for name, (lesson, share, _) in WEIGHTS.items()]
     return [Job("correct", "tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py"], 150),
             Job("correct", "lessons", make if tiny else [*make, "course", "text"], 120),
-            Job("fast", "large", [*bench, "large"] if not tiny else [python, "benchmarks/run.py", "--help"], 240),
-            Job("fast", "training", [*bench, "training"] if not tiny else [python, "benchmarks/run.py", "--help"], 60),
-            *weights]
+            Job("fast", "large", [*bench, "large"], 150), Job("fast", "training", [*bench, "training"], 60), *weights,
+            Job("compiled", "compiled", [*bench, "compiled"], 500)]
 
 
 def do(job: Job, seconds: float, log: Path) -> dict:
@@ -100,12 +100,13 @@ def do(job: Job, seconds: float, log: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all but compiled, if none is named")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
     options = parser.parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
         raise UserError("benchmarks/gpu.py needs a GPU; --tiny rehearses it without one")
+    parts = options.parts or (PARTS if options.tiny else PARTS[:3])
     out, end = options.out.resolve(), time.time() + 60 * options.minutes
     todo, path = jobs(out, options.tiny), out / "gpu.json"
     done = json.loads(path.read_text()) if path.exists() else {}
@@ -117,14 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     if not image.exists() and not options.tiny:
         image.mkdir(parents=True)
         shutil.copy(CHECKPOINTS / "02_image_ldm" / "autoencoder.pt", image)
-    todo, whole = [job for job in todo if job.part in options.parts and not finished(job)], 0.0
+    todo, whole = [job for job in todo if job.part in parts and not finished(job)], 0.0
     for i, job in enumerate(todo):
         left = end - time.time() - 25  # to stop and save
         if left < 10:
             print(f"{job.name}: no time left, run again for it")
             continue
         if job.limit < 1:  # of the shares that are left, its own
-            whole = whole or left / sum(other.limit for other in todo[i:])
+            whole = whole or left / sum(other.limit for other in todo[i:] if other.limit < 1)
         limit = job.limit * whole if job.limit < 1 else job.limit
         done[job.name] = do(job, min(limit, left), out / f"{job.name}.log")
         write_text(path, json.dumps(done, indent=1) + "\n")
