@@ -357,17 +357,6 @@ def load_weights(module: nn.Module, weights: Weights, path: str | Path,
     return report
 
 
-def load_unet(path: str | Path, temporal: TemporalOptions | None = None, heads: int = 0, head_channels: int = 0,
-              ema: bool = False) -> tuple[UNet, Report]:
-    """The U-Net of a file or folder; with `temporal`, new temporal layers in it. UserError for what does not fit."""
-    weights = read_part(path, "unet", ema)
-    found = architecture(weights, path, heads, head_channels)
-    if temporal is not None:
-        found["temporal"] = temporal
-    unet = UNet(**found)
-    return unet, load_weights(unet, weights, path)
-
-
 def load_autoencoder(path: str | Path, scale: float | None = None) -> Autoencoder:
     """The autoencoder of a file or folder. scale: what latents are multiplied by (0.08333 for the x4 upscaler); None:
     what a folder says, else 0.18215."""

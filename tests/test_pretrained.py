@@ -15,6 +15,7 @@ from common.temporal import TemporalOptions, is_temporal, train_temporal_only
 from common.unet import UNet
 from extra.pretrained import (
     SHAPES,
+    Report,
     StableDiffusion,
     TextEncoder,
     architecture,
@@ -24,7 +25,6 @@ from extra.pretrained import (
     from_diffusers_unet,
     inspect,
     load_autoencoder,
-    load_unet,
     load_weights,
     predicted,
     read_part,
@@ -44,6 +44,15 @@ X4 = dict(sample_size=128, in_channels=7, block_out_channels=(256, 512, 512, 102
           down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
           up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
 slow = pytest.mark.slow
+
+
+def load_unet(path: str | Path, temporal: TemporalOptions | None = None, heads: int = 0, head_channels: int = 0,
+              ema: bool = False) -> tuple[UNet, Report]:
+    """The U-Net of a file or folder; with `temporal`, new temporal layers in it."""
+    weights = read_part(path, "unet", ema)
+    found = architecture(weights, path, heads, head_channels)
+    unet = UNet(**found | ({} if temporal is None else {"temporal": temporal}))
+    return unet, load_weights(unet, weights, path)
 
 
 def random_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
