@@ -258,6 +258,9 @@ def plot_drift(run: Run, record: Record, real: torch.Tensor, rate: float) -> Non
                 axis.plot(seconds, line[:, channel], color=colour, lw=1)
         else:
             axis.plot(seconds[-len(line) :], line, color="0.2", lw=1)
+        if title == "frame difference":
+            axis.axhline(2 * mean, color="tab:red", lw=1, ls=":", label="restlessness 2")
+            axis.legend(fontsize="small")
         axis.set(title=title, xlabel="seconds")
     save_figure(figure, run.folder / f"drift{suffix}.png")
     band = bands[2].mean()

@@ -88,7 +88,7 @@ test: $(VENV)/tested
 	$(RUN) -m pytest -q
 
 exercises: $(VENV)/tested
-	$(RUN) -m pytest -q -rs exercises
+	$(RUN) -m pytest -q -rf exercises
 
 notebooks: $(VENV)/tested
 	$(RUN) docs/notebooks.py
