@@ -46,7 +46,8 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
         config = dataclasses.asdict(run.config)
         state = {name: parallel.whole(trained_state(part)) for name, part in parts.items()}
         if run.rank == 0:
-            save_checkpoint(path, {"script": run.name, "step": done, "config": config, **extra, **state})
+            about = {"script": run.name, "step": done, "config": config, "data": run.data}
+            save_checkpoint(path, {**about, **extra, **state})
         if run.processes > 1:
             torch.distributed.barrier()  # the others may read it next
 
@@ -57,7 +58,7 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
         for name, part in parts.items():
             load_part(part, content.get(name, {}), path)
         start = content["step"]
-        extra.update({k: v for k, v in content.items() if k not in (*parts, "script", "step", "config")})
+        extra.update({k: v for k, v in content.items() if k not in (*parts, "script", "step", "config", "data")})
     if run.rank == 0:
         keep_rows_before(run.metrics, start)
         for part in run.folder.glob(f"{file}*.part"):

@@ -16,6 +16,7 @@ stand labels.csv (name, night, cars, caption), and beside CLIP.mp4 its caption i
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import math
 import re
@@ -285,6 +286,14 @@ def candidates(folder: Path) -> list[Path]:
 @functools.cache
 def examined(path: Path, default_fps: float, changed: int) -> Recording:
     return examine(path, default_fps)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells the contents of a folder from another's: the names and sizes of its files. Raises UserError."""
+    paths = candidates(folder)
+    files = [file for path in paths for file in (frame_files(path) if path.is_dir() else [path])]
+    said = repr([(file.relative_to(folder).as_posix(), file.stat().st_size) for file in files])
+    return f"{len(paths)} clips, {hashlib.blake2b(said.encode(), digest_size=4).hexdigest()}"
 
 
 def find_recordings(folder: Path, final_fps: float) -> list[Recording]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from kit import parallel
+from kit.data import fingerprint, note
 from kit.errors import UserError
 from kit.files import CHECKPOINTS, check_lineage, command, load_checkpoint, lock, write_text
 from kit.flags import BaseConfig, preset_config
@@ -91,6 +92,7 @@ class Run:
         self.not_finite = False  # a loss of this step was not
         self.dtype = pick_dtype(config.precision, self.device)
         self.numbers: dict[str, dict] = {}
+        self.data = "" if config.data == "driving" else fingerprint(Path(config.data).expanduser())
         self.metrics, self.last_row = self.folder / "metrics.csv", {}
         self.logged: dict[str, list[torch.Tensor]] = {}  # of the current step
         try:
@@ -147,6 +149,8 @@ class Run:
         path = self.built_on(f"{lesson}-{variant}" if variant else lesson) / file
         remedy = command(lesson, self.config, *flags)
         content = load_checkpoint(path, remedy) | {"path": path, "remedy": remedy}
+        if (theirs := content.get("data", self.data)) != self.data:
+            note(f"--data {self.config.data} holds other files ({self.data}) than {lesson} was trained on ({theirs})")
         check_lineage(content, lineage or {})
         return content
 

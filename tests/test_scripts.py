@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,7 +232,11 @@ def test_a_folder_of_videos_trains(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((tmp_path / "out" / "02_image_ldm" / "config.json").read_text())["final_fps"] == 10
     with pytest.raises(UserError, match="--final-fps"):  # 4 frames at 10 / 16 a second need 4.8 s, the clips have 2.4
         import_module("03_temporal_layers").main(flags)
+    assert "other files" not in capsys.readouterr().err
+    shutil.copy(data / "0.gif", data / "3.gif")
     import_module("04_decoder_finetune").main(flags)
+    said = capsys.readouterr().err
+    assert re.search(r"other files \(4 clips, \w+\) than 02_image_ldm was trained on \(3 clips", said), said
 
 
 def test_image_variants(course: Path) -> None:
