@@ -106,7 +106,10 @@ def run_unet(unet: nn.Module, z_tau: torch.Tensor, tau: torch.Tensor, context: t
 
 
 def begin_with(run: Run, image: ImageModel, unet: UNet, lesson: str) -> None:
-    """Starts from the averaged temporal weights of another lesson. Raises UserError for those of another width."""
+    """Starts from the averaged temporal weights of another lesson, unless its own run goes on. Raises UserError for
+    those of another width."""
+    if run.config.resume and (run.folder / "checkpoint.pt").exists():
+        return
     try:
         grow(unet, run.trained(lesson, image.lineage)["ema"]["shadow"])
     except ValueError as error:

@@ -43,6 +43,7 @@ from kit.media import (
     folder_times,
     open_picture,
     reason,
+    still,
     take,
     video_facts,
     video_frames,
@@ -267,12 +268,16 @@ def read(recording: Recording, indices: np.ndarray, height: int, width: int) -> 
 
 
 def candidates(folder: Path) -> list[Path]:
-    """What may be a clip, sorted by name: every file but texts, sub-folders of pictures, and what is in the others."""
+    """What may be a clip, sorted by name: every file but texts, sub-folders of pictures, and what is in the others; or
+    the folder itself, where it holds nothing but still pictures."""
     try:
         paths, found = listed(folder), []
     except OSError as error:
         advice = 'give a folder of videos, or "driving" for the built-in scenes'
         raise UserError(f"--data {folder}: cannot be read ({reason(error)}); {advice}") from None
+    stills = [path for path in paths if path.suffix.lower() in PICTURES]
+    if len(stills) > 1 and len(stills) == sum(path.suffix.lower() not in TEXTS for path in paths) and still(stills[0]):
+        return [folder]
     for path in paths:
         if not path.is_dir():
             found += [] if path.suffix.lower() in TEXTS else [path]

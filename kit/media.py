@@ -5,6 +5,7 @@ One place for what files say beside their pixels: which side is up (EXIF, displa
 see upright RGB pictures with square pixels.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -51,6 +52,13 @@ def open_picture(path: Path | str) -> Image.Image:
             return as_shown(image)
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, DecompressionBombError, ...
         raise ValueError(f"not a readable picture: {reason(error)}") from None
+
+
+def still(path: Path) -> bool:
+    """Whether a picture is one, and no animation."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # what is damaged is said where it is read
+        return getattr(image, "n_frames", 1) == 1
+    return False
 
 
 def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:

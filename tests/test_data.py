@@ -126,6 +126,14 @@ def test_numbered_frames(tmp_path):
         open_data(str(tmp_path), 16, 32, 7.0)
 
 
+def test_a_folder_that_is_itself_a_clip_of_numbered_frames(tmp_path):
+    write_frames(tmp_path / "clip", 12, 5)
+    (tmp_path / "clip" / "labels.csv").write_text("name,night,cars,caption\nclip,1,0,a road\n")
+    source = open_data(str(tmp_path / "clip"), 16, 32, 5.0)
+    clips = source.clips((0,), 1, 12, 5.0)
+    assert index(clips.video) == [list(range(12))] and clips.captions == ["a road"] and clips.night.tolist() == [1]
+
+
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (8, 8)])
 def test_fills_and_crops_at_the_centre(tmp_path, size):
     """A disc on black stays a disc in the middle, whatever the shape of the picture."""
