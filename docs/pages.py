@@ -32,8 +32,9 @@ FOLDERS = ("docs", "results", "exercises")
 # The paper's equations: what they say, and the definitions that are them.
 EQUATIONS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
     "Sec. 2": ("the diffusion process", r"x_\tau = \alpha_\tau x + \sigma_\tau \epsilon, \quad "
-               r"\alpha_\tau^2 + \sigma_\tau^2 = 1, \quad v = \alpha_\tau \epsilon - \sigma_\tau x",
-               (("common/diffusion.py", "Diffusion"),)),
+               r"\alpha_\tau^2 + \sigma_\tau^2 = 1", (("common/diffusion.py", "Diffusion"),)),
+    "Sec. 2, v": ("what the network is asked for", r"y = v = \alpha_\tau \epsilon - \sigma_\tau x",
+                  (("common/diffusion.py", "Diffusion"),)),
     "Eq. (1)": ("the loss of the image model",
                 r"\mathbb{E}_{x, \tau, \epsilon} \left[ \| y - f_\theta(x_\tau; c, \tau) \|_2^2 \right]",
                 (("02_image_ldm.py", "train_unet"),)),
