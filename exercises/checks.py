@@ -22,8 +22,9 @@ from common.unet import UNet
 from extra.metrics import frechet_distance
 from judging.verdicts import Claim, judge
 
-lesson02, lesson04, lesson05, lesson06, lesson07, lesson08 = (import_module(name) for name in (
-    "02_image_ldm", "04_decoder_finetune", "05_prediction", "06_interpolation", "07_upsampler", "08_sample_long"))
+lesson02, lesson04, lesson05, lesson06, lesson07, lesson08, lesson09 = (import_module(name) for name in (
+    "02_image_ldm", "04_decoder_finetune", "05_prediction", "06_interpolation", "07_upsampler", "08_sample_long",
+    "09_text_to_video"))
 
 Observed = dict[str, object]  # what is looked at, in the learner's terms: what was found
 
@@ -446,6 +447,39 @@ def streamed(f: Callable) -> Observed:
             "how many items were taken for it": len(taken)}
 
 
+# %% Lesson 9
+
+
+def noised_ends(f: Callable) -> Observed:
+    z, eps, mask = noise(6, 2, 2, 2), noise(6, 2, 2, 2, seed=1), torch.tensor([[1.0, 0, 1], [1, 0, 1]])
+    found = f(z, eps, mask, torch.tensor([20, 400]), DIFFUSION.alpha, DIFFUSION.sigma)
+    return {"the number of channels": found.shape[1], "something of hidden frames, or their noise, gets through": bool(
+        found[[1, 4]].any()), "the context": found}
+
+
+def noising_ends(make: Callable) -> Callable:
+    def context(z, eps, mask, levels, alpha, sigma):
+        a, s = (table[levels.repeat_interleave(mask.shape[1])].view(-1, 1, 1, 1) for table in (alpha, sigma))
+        return telling(lambda z, m: torch.cat([make(z, eps, m, a, s), m], dim=1))(z, mask)
+
+    return context
+
+
+def lessons_reach(frames: int, reach: int) -> torch.Tensor:
+    layer, seen = temporal.FrameAttention(4, 1), []
+    layer.attend = lambda q, k, v, mask: (seen.append(mask), q)[1]
+    layer(torch.zeros(frames, 1, 4), frames, reach)
+    return torch.ones(frames, frames, dtype=torch.bool) if seen[0] is None else seen[0]
+
+
+def reached(f: Callable) -> Observed:
+    return {f"{frames} frames, reach {reach}": f(frames, reach) for frames, reach in ((5, 2), (5, 1), (3, 8), (4, 0))}
+
+
+def reaching(of: Callable) -> Callable:
+    return lambda frames, reach: of(torch.arange(frames)[:, None] - torch.arange(frames), reach)
+
+
 # %% Lesson 12
 
 
@@ -648,6 +682,18 @@ EXERCISES = (
         lambda items, n: map(tuple, lesson08.batched(items, n)),
         "an empty list comes last; a stream of nothing has no lists":
         lambda items, n: itertools.chain(lesson08.batched(items, n), [[]]),
+    }),
+    Exercise("09", "noised_context", noised_ends, lambda z, eps, mask, levels, alpha, sigma: lesson09.augmented(
+        SimpleNamespace(diffusion=DIFFUSION), z, mask, levels, eps), {
+        "hidden frames are not zero: noise came behind the mask": noising_ends(lambda z, e, m, a, s: a * m * z + s * e),
+        "known frames come clean: the level is told and not applied": noising_ends(lambda z, e, m, a, s: m * z),
+        "known frames are not scaled by alpha": noising_ends(lambda z, e, m, a, s: m * (z + s * e)),
+    }),
+    Exercise("09", "within_reach", reached, lessons_reach, {
+        "frames exactly `reach` away are within it": reaching(lambda d, reach: d.abs() < reach if reach else d == d),
+        "attention is not causal: later frames are seen, too":
+        reaching(lambda d, reach: (d >= 0) & (d <= reach) if reach else d == d),
+        "reach 0 means any distance": reaching(lambda d, reach: d.abs() <= reach),
     }),
     Exercise("12", "frechet_distance", measured, frechet_distance, {
         "the root of A B is not the root of its elements": apart(lambda A, B: (A @ B).trace().abs().sqrt()),
