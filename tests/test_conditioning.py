@@ -73,7 +73,7 @@ def test_new_context_columns_start_at_zero_and_old_weights_arrive() -> None:
     assert tokens[width:].eq(1).all()
     other = image.unet(TemporalOptions(ff_mult=2 * config.feed_forward)).state_dict()
     trained = {"ema": {"shadow": {name: value for name, value in other.items() if is_temporal(name)}}}
-    run = SimpleNamespace(trained=lambda lesson, lineage: trained)
+    run = SimpleNamespace(trained=lambda lesson, lineage: trained, config=SimpleNamespace(resume=False))
     with pytest.raises(UserError, match="03_temporal_layers: .*--feed-forward"):
         lesson05.begin_with(run, image, unet, "03_temporal_layers")
 
