@@ -11,8 +11,9 @@ does not grow with the length of the video.
   python 08_sample_long.py --night 1 --cars 2 --overwrite
   python 08_sample_long.py --upsampled-seconds 1      the whole video small, and its first second large
 
-Expect a drive that keeps its sky, land and light; colour, sharpness and change from frame to frame stay inside the band
-of real clips (drift.png).
+Expect a drive of seconds that keeps its sky, land and light, and one of a minute whose land slowly changes; colour,
+sharpness and, but for a moment, change from frame to frame stay inside the band of real clips (drift.png). Upsampled,
+neighbouring frames differ four times as much as real ones: a faint grain.
 
 Reads OUT/02 to OUT/07; at the cpu preset, where nothing is trained there yet, the weights in checkpoints/.
 Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,
