@@ -43,7 +43,6 @@ from common.portions import faded, in_portions
 from common.temporal import is_temporal
 from extra.metrics import FrameReader, train_reader
 from extra.plan import dry_run, training_cost
-from extra.pretrained import StableDiffusion
 from kit.data import HELD_OUT, Source, open_data
 from kit.errors import UserError, cli
 from kit.flags import Amount, Count, Fraction, Range, Rate, TrainingConfig, Whole, parse
@@ -195,8 +194,10 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
     train_decoder(autoencoder, config.freeze_spatial)
     critics = nn.ModuleList([VideoDiscriminator()] + ([FrameDiscriminator(32)] if config.image_discriminator else []))
     critics = channels_last(critics).to(run.device)
-    optimizer = torch.optim.Adam([p for p in autoencoder.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9))
-    critic_optimizer = torch.optim.Adam(critics.parameters(), config.lr, betas=(0.5, 0.9))
+    optimizer, critic_optimizer = (
+        torch.optim.Adam([p for p in m.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9), fused=True)
+        for m in (autoencoder, critics)
+    )
     parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
              "critic_optimizer": critic_optimizer}
     ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
@@ -348,11 +349,17 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
         raise UserError(f"--lpips {path}: not a readable TorchScript file ({str(error).splitlines()[0]})") from None
 
 
+def backbone(config: Config, device: torch.device | str) -> ImageModel:
+    """Stable Diffusion in the place of lesson 2's image model; whoever does without never loads it."""
+    from extra.pretrained import StableDiffusion
+
+    return StableDiffusion(config.backbone, None, *config.size, device=device)
+
+
 def plan(config: Config) -> None:
     """--dry-run: parameters, shapes, FLOPs and memory."""
     with torch.device("meta"):
-        image = (StableDiffusion(config.backbone, None, *config.size, device="meta") if config.backbone else
-                 lesson02.planned(config))
+        image = backbone(config, "meta") if config.backbone else lesson02.planned(config)
         autoencoder = video_autoencoder(image, config.kernel)
         critic = VideoDiscriminator()
     train_decoder(autoencoder, config.freeze_spatial)
@@ -370,10 +377,7 @@ def main(argv: list[str] | None = None) -> tuple | None:
     if config.dry_run:
         return plan(config)
     run = Run(NAME, config, "image-discriminator" if config.image_discriminator else "")
-    if config.backbone:
-        image = StableDiffusion(config.backbone, None, *config.size, device=run.device)
-    else:
-        image = lesson02.load(run)
+    image = backbone(config, run.device) if config.backbone else lesson02.load(run)
     source = open_data(config.data, image.config.height, image.config.width, config.final_fps,
                        config.workers, config.reuse, run.device)
     features = load_lpips(config.lpips, run.device) if config.lpips else read_features(run, config, image)

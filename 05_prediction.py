@@ -41,6 +41,7 @@ from kit.errors import UserError, cli
 from kit.files import config_of
 from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, TrainingConfig, Whole, parse
 from kit.measures import motion, psnr, ratio_of_means
+from kit.parallel import Share
 from kit.pictures import animation, plot_metrics, plt, save_figure, sheet
 from kit.run import Run, known_good
 
@@ -54,6 +55,12 @@ NAME = "05_prediction"
 def prediction_mask(known: torch.Tensor, frames: int) -> torch.Tensor:
     """m_S: S frames known at the start. known: b, the S of each clip -> b t of zeros and ones."""
     return (torch.arange(frames) < known[:, None]).float()
+
+
+def draw_S(share: Share, config: Config) -> torch.Tensor:
+    """How many frames are known, of each clip of a share: b."""
+    p_S = torch.tensor(config.context_shares)
+    return share.keep(torch.multinomial(p_S, config.batch, True, generator=share.generator))
 
 
 def masked_context(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -116,30 +123,35 @@ def begin_with(run: Run, image: ImageModel, unet: UNet, lesson: str) -> None:
         raise UserError(f"{lesson}: {error}") from None
 
 
+def begin(run: Run, config: Config, image: ImageModel) -> nn.Module:
+    """The network as training finds it: with lesson 3's temporal layers, or afresh in Table 1's ablations."""
+    if config.end_to_end:
+        image.weights = {}
+    unet = build(config, image)
+    # pixels have no lesson 3; attention alone has feed-forward layers of another width
+    if not (config.end_to_end or config.pixel or config.temporal == "attention"):
+        begin_with(run, image, unet, "03_temporal_layers")
+    return unet
+
+
 # %% Training: Eq. (3)
 
 
 def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA]:
     torch.manual_seed(config.seed)
     source = with_latents(run, source, image)
-    if config.end_to_end:
-        image.weights = {}
-    unet = build(config, image)
-    # pixels have no lesson 3; attention alone has feed-forward layers of another width: they start afresh
-    if not (config.end_to_end or config.pixel or config.temporal == "attention"):
-        begin_with(run, image, unet, "03_temporal_layers")
-    learner = Learner(run, unet, config)
-    diffusion, p_S = image.diffusion, torch.tensor(config.context_shares)
+    unet = begin(run, config, image)
+    learner, diffusion = Learner(run, unet, config), image.diffusion
     for step in training_loop(run, config.steps, learner.parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, "diffusion", step):
             clips = source.clips((config.seed, 6, step), share.rows, config.frames, config.final_fps / 16)
             z = image.encode(clips.video)  # (b t) c h w
-            S = share.keep(torch.multinomial(p_S, config.batch, True, generator=share.generator))  # of each clip
-            c_S = masked_context(z, prediction_mask(S, config.frames))
+            mask = prediction_mask(draw_S(share, config), config.frames)  # b t
+            c_S = masked_context(z, mask)
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
             drop = share.uniform() < image.config.p_drop
             eps = share.normal(z.shape)
-            tau_of_frames = tau.repeat_interleave(config.frames)  # (b t)
+            tau_of_frames = tau.repeat_interleave(mask.shape[1])  # (b t)
             z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
             with run.autocast():
                 output = run_unet(learner.network, z_tau, tau, image.conditioner(clips, drop), c_S, config).float()

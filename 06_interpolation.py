@@ -105,12 +105,13 @@ def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[
         for share in run.shares(config.batch, "diffusion", step):
             clips, stage = both_rates(source, (config.seed, 7, step), share.rows, config.batch, config.final_fps)
             z = image.encode(clips.video)  # (b t) c h w
-            c_S = lesson05.masked_context(z, interpolation_mask(len(share)))
+            mask = interpolation_mask(len(share))  # b t
+            c_S = lesson05.masked_context(z, mask)
             tau = share.integers(diffusion.steps)  # one diffusion time a clip
             drop = share.uniform() < image.config.p_drop
             eps = share.normal(z.shape)
-            tau_of_frames = tau.repeat_interleave(FRAMES)  # (b t)
-            z_tau = diffusion.diffuse(z, eps, tau_of_frames)
+            tau_of_frames = tau.repeat_interleave(mask.shape[1])  # (b t)
+            z_tau = diffusion.diffuse(z, eps, tau_of_frames)  # all frames are noised; the known ones come through c_S
             with run.autocast():
                 output = learner.network(z_tau, tau, image.conditioner(clips, drop), c_S, stage).float()
             loss = F.mse_loss(output, diffusion.target(z, eps, tau_of_frames))  # Eq. (3), over all frames as written

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from kit import parallel
 from kit.errors import UserError
 from kit.files import load_checkpoint, save_checkpoint, write_text
-from kit.run import Run
+from kit.run import NotFinite, Run
 
 
 def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, file: str = "checkpoint.pt",
@@ -41,6 +41,7 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
     """
     path, start, stopped_by = run.folder / file, 0, []
     extra, run.metrics, run.last_row, run.logged = {} if extra is None else extra, run.folder / metrics, {}, {}
+    run.finite, run.unread = [], []
 
     def save(done: int) -> None:
         config = dataclasses.asdict(run.config)
@@ -72,13 +73,18 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
                    disable=run.rank > 0)
         for step in bar:
             yield step
-            if run.not_finite:
-                with watched(parts, f"{run.name}, step {step}"):
-                    yield step  # the same clips and noise once more, to see where it begins
-                raise UserError(f"{run.name}, step {step}: the loss is not finite; lower --lr (the last save is kept)")
-            stop = run.end_step(step, stopped_by[0] if stopped_by else 0)
+            try:
+                stop = run.end_step(step, stopped_by[0] if stopped_by else 0,
+                                    [part.found_inf for part in parts.values() if hasattr(part, "found_inf")])
+                saving = stop or step + 1 == steps or (step + 1) % run.config.save_every == 0
+                while saving and run.unread:
+                    run.read_step()
+            except NotFinite as error:
+                with watched(parts, f"{run.name}, step {error.step}"):
+                    yield error.step  # the same clips and noise once more, to see where it begins
+                raise UserError(f"{run.name}, {error}; lower --lr (the last save is kept)") from None
             bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in run.last_row.items()), refresh=False)
-            if stop or step + 1 == steps or (step + 1) % run.config.save_every == 0:
+            if saving:
                 save(step + 1)
             if stop:
                 print(f"\nstopped at step {step + 1}, saved in {path}; go on with --resume", file=sys.stderr)
@@ -100,13 +106,14 @@ def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, war
     """Clips the gradient norm to 1 and sets the rate: linear warm-up, then `lr`, and after `steady` steps (0: never)
     lr * sqrt(steady / step). Nothing here depends on the total of steps.
 
-    Raises UserError for gradients that are not finite: one step with them would spoil the weights.
+    One step with gradients that are not finite would spoil the weights: where `found_inf` is 1, the optimizer leaves
+    them as they are, without anybody having waited for the device; the loop reads it when the step has ended.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup), (steady / (step + 1)) ** 0.5 if steady else 1.0)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        if not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
-            raise UserError(f"step {step}: the gradients are not finite; lower --lr (the last save is kept)")
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
 
 
 class Learner:

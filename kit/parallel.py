@@ -41,6 +41,11 @@ def average(values: list[torch.Tensor]) -> list[torch.Tensor]:
     return values
 
 
+def sent(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What was drawn on the CPU, on the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
 class Share:
     """Some samples of a step's batch: their numbers, their random numbers and their part in the gradient.
 
@@ -66,7 +71,8 @@ class Share:
         """Gaussian noise of this shape, (b k) ..., k rows (frames) for each sample."""
         each = shape[0] // len(self)
         noise = torch.randn(self.batch * each, *shape[1:], generator=self.gaussian, device=self.gaussian.device)
-        return self.keep(noise.unflatten(0, (self.batch, each))).flatten(0, 1).to(self.device)
+        noise = self.keep(noise.unflatten(0, (self.batch, each))).flatten(0, 1)
+        return noise if noise.device == self.device else sent(noise, self.device)
 
     def uniform(self) -> torch.Tensor:
         """b, in [0, 1), on the CPU."""
@@ -74,7 +80,7 @@ class Share:
 
     def integers(self, end: int) -> torch.Tensor:
         """b, from 0 to end - 1: diffusion times and noise levels."""
-        return self.keep(torch.randint(0, end, (self.batch,), generator=self.generator)).to(self.device)
+        return sent(self.keep(torch.randint(0, end, (self.batch,), generator=self.generator)), self.device)
 
 
 def divide(batch: int, rank: int, processes: int, portions: int) -> Iterator[range]:

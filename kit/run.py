@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -73,6 +74,14 @@ def use_checkpointing(module: nn.Module, config: BaseConfig) -> None:
             part.checkpointing = getattr(config, "checkpointing", False)
 
 
+class NotFinite(Exception):
+    """A step's loss or gradients are not finite. Its optimizers have left the weights as they were."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"step {step}: the {what} not finite")
+        self.step = step
+
+
 class Run:
     """One script's folder OUT/NN_name[-variant], its device and precision, its random numbers and its metrics.
 
@@ -86,10 +95,12 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        self.late = int(self.device.type == "cuda")  # so many steps after its end a step's numbers are read
         self.rank, self.processes = parallel.join(self.device)
         self.told: set[Path] = set()  # shipped weights that were named already
         self.networks: list[nn.Module] = []  # what gradients are exchanged for
-        self.not_finite = False  # a loss of this step was not
+        self.finite: list[torch.Tensor] = []  # whether each loss of this step was, 1 or 0
+        self.unread: list[tuple] = []  # steps whose numbers are on their way from the device
         self.dtype = pick_dtype(config.precision, self.device)
         self.numbers: dict[str, dict] = {}
         self.data = "" if config.data == "driving" else fingerprint(Path(config.data).expanduser())
@@ -180,12 +191,8 @@ class Run:
                 parallel.synchronise(network, portion is rows[-1])
 
             def backward(loss: torch.Tensor) -> None:
-                # A loss that is not finite would spoil the weights; without gradients they stay, and the step can be
-                # looked at (see training_loop). All processes have to leave the backward pass out together.
-                finite = torch.isfinite(loss.detach()).float()
-                self.not_finite |= not bool(parallel.average([finite])[0] == 1)
-                if not self.not_finite:
-                    (loss / portions).backward()
+                self.finite.append(torch.isfinite(loss.detach()).float())  # read when the step has ended
+                (loss / portions).backward()
 
             draw, noise = self.generator(*key), None
             if getattr(self.config, "device_noise", False):
@@ -228,14 +235,41 @@ class Run:
         for name, value in values.items():
             self.logged.setdefault(name, []).append(torch.as_tensor(value).detach().float())
 
-    def end_step(self, step: int, stopped_by: int) -> int:
-        """Writes the row. Returns the signal that stopped any of the processes, or 0."""
+    def end_step(self, step: int, stopped_by: int, gradients: Sequence[torch.Tensor] = ()) -> int:
+        """Sends the step's numbers off to its row. gradients: 1 for each optimizer whose gradients were not finite.
+
+        Nothing before this waits for the device, and a GPU's numbers are read one step later, while it computes on.
+        Returns the signal that stopped any of the processes, or 0. Raises what `read_step` does.
+        """
         means = [torch.stack([value.to(self.device) for value in values]).mean() for values in self.logged.values()]
-        *means, stop = parallel.average([*means, torch.tensor(float(stopped_by), device=self.device)])
-        row = {name: float(mean) for name, mean in zip(self.logged, means, strict=True)}
-        self.logged = {}
+        zero = torch.zeros((), device=self.device)
+        spoilt = [torch.stack([zero, *(1 - finite for finite in self.finite)]).amax(),
+                  torch.stack([zero, *(bad.to(self.device) for bad in gradients)]).amax()]
+        values = torch.stack(parallel.average([*means, zero + float(stopped_by > 0), *spoilt]))
+        on_gpu = self.device.type == "cuda"
+        values = values.to("cpu", non_blocking=on_gpu)
+        arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+        self.unread.append((step, list(self.logged), values, arrived))
+        self.logged, self.finite = {}, []
+        stop = len(self.unread) > self.late and self.read_step()
+        return stop and (stopped_by or signal.SIGTERM)
+
+    def read_step(self) -> bool:
+        """Writes the row of the oldest step that was not read yet. Returns whether a process was told to stop then.
+
+        Raises NotFinite for a loss or gradients that were not, UserError for another number that was not.
+        """
+        step, names, values, arrived = self.unread.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        *means, stop, loss, gradients = values.tolist()
+        if loss or loss != loss:
+            raise NotFinite(step, "loss is")
+        if gradients or gradients != gradients:
+            raise NotFinite(step, "gradients are")
+        row = dict(zip(names, means, strict=True))
         for name, value in row.items():
-            if value != value or abs(value) == float("inf"):
+            if not math.isfinite(value):
                 raise UserError(f"{self.name}: {name} is {value} at step {step}; lower --lr (the last save is kept)")
         if row and self.rank == 0:
             new = not self.metrics.exists()
@@ -245,7 +279,7 @@ class Run:
                     writer.writerow(["step", *row])
                 writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
         self.last_row = row or self.last_row
-        return round(float(stop) * self.processes) and (stopped_by or signal.SIGTERM)
+        return stop > 0
 
     def report(
         self, name: str, value: float, unit: str = "", at_least: float | None = None, at_most: float | None = None
