@@ -207,7 +207,12 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
             draw, t = run.generator("upsample", *key, number), len(part)
             groups = 1 if video else t  # images: every frame is a batch row of its own
             level = torch.full((groups,), config.level, device=run.device)
-            low = torch.randn(part.shape, generator=draw).to(run.device)
+            low, noise = (torch.randn(t, 3, *(factor * side for side in part.shape[-2:]), generator=draw).to(run.device)
+                          for factor in (1, SCALE))
+            noise = in_common(noise, t, config.shared_noise)
+            if config.calm:  # what a small network leaves of the noise stands still, in all portions
+                first = first or (low[:1], noise[:1])
+                low, noise = (of_one.expand(t, -1, -1, -1) for of_one in first)
             low = diffusion.diffuse(part.to(run.device), low, level.repeat_interleave(t // groups))
 
             def predict(x_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low, level: torch.Tensor = level,
@@ -216,10 +221,6 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
                     return model(x_tau, tau[: len(level)], low, level, frames)
 
             mu, s = what_is_known(config, diffusion, low, level.repeat_interleave(t // groups))
-            noise = torch.randn(t, 3, *(SCALE * side for side in part.shape[-2:]), generator=draw).to(run.device)
-            if config.shared_noise:
-                noise[0] = first = noise[0] if first is None else first  # all portions have it in common
-            noise = in_common(noise, t, config.shared_noise)
             clamp = None if config.residual else 1.0
             large = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, clamp, label, config.power)
             yield (mu + s * large).clamp(-1, 1).cpu(), new
@@ -265,6 +266,7 @@ class Config(TrainingConfig):
     ddim_steps: SamplingSteps = 4  # sampling steps
     power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
     eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    calm: bool = True  # sampling: all frames of a video are given the same noise, augmentation's and diffusion's
     samples: Count = 1  # held-out clips in the numbers
 
 
@@ -284,7 +286,8 @@ PRESETS: dict[str, dict] = {
     # length 10 does not fit its 8 frames (8 here); its patch size is not given (64 small pixels is our guess).
     "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), output_norm=True,
                   level_dim=768, known_features=128, alpha_frames=8, image_steps=84_000, image_batch=32,
-                  image_lr=1e-5, steps=84_000, batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, power=1.0),
+                  image_lr=1e-5, steps=84_000, batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, power=1.0,
+                calm=False),
 }
 PRESETS["biking"] = PRESETS["paper"]  # the paper trained none for Mountain Biking
 

@@ -22,9 +22,9 @@ from common.unet import UNet
 from extra.metrics import frechet_distance
 from judging.verdicts import Claim, judge
 
-lesson02, lesson04, lesson05, lesson06, lesson07, lesson08, lesson09 = (import_module(name) for name in (
+lesson02, lesson04, lesson05, lesson06, lesson07, lesson08, lesson09, lesson10 = (import_module(name) for name in (
     "02_image_ldm", "04_decoder_finetune", "05_prediction", "06_interpolation", "07_upsampler", "08_sample_long",
-    "09_text_to_video"))
+    "09_text_to_video", "10_personalization"))
 
 Observed = dict[str, object]  # what is looked at, in the learner's terms: what was found
 
@@ -480,6 +480,62 @@ def reaching(of: Callable) -> Callable:
     return lambda frames, reach: of(torch.arange(frames)[:, None] - torch.arange(frames), reach)
 
 
+# %% Lesson 10
+
+PLACES = ("in the snow", "", "on a beach")
+
+
+def called(f: Callable) -> Observed:
+    spatial, temporal = f(PLACES, "sks", "car")
+    return {"what the spatial layers read": list(spatial), "what the temporal layers read": list(temporal)}
+
+
+def lessons_captions(places, token, class_word):
+    config = SimpleNamespace(token=token, class_word=class_word)
+    return tuple(lesson10.asked(config, places, with_token).captions for with_token in (True, False))
+
+
+def calling(spatial: str, temporal: str = "a car") -> Callable:
+    return lambda places, token, word: tuple([f"{name} {place}".strip() for place in places]
+                                             for name in (spatial, temporal))
+
+
+def weights(*names: str) -> dict[str, torch.Tensor]:
+    """Some of a video U-Net's, one number each."""
+    return {name: noise(1, seed=i) for i, name in enumerate(names)}
+
+
+def as_module(state: dict[str, torch.Tensor]) -> nn.Module:
+    root = nn.Module()
+    for name, value in state.items():
+        *path, last = name.split(".")
+        part = root
+        for step in path:
+            if not hasattr(part, step):
+                part.add_module(step, nn.Module())
+            part = getattr(part, step)
+        part.register_parameter(last, nn.Parameter(value.clone()))
+    return root
+
+
+def put_together(f: Callable) -> Observed:
+    video = weights("out.2.weight", "input_blocks.1.0.in_layers.2.weight",
+                    "input_blocks.1.0.time_stack.in_layers.2.bias")
+    tuned = {name: value + 1 for name, value in video.items() if "time_stack" not in name}
+    before, made = dict(video), f(video, tuned)
+    return {"the names": sorted(made), "the weights": dict(sorted(made.items())),
+            "the untuned video model afterwards": {name: video[name] for name in before}}
+
+
+def lessons_insert(video, tuned):
+    return lesson10.insert(as_module(video), SimpleNamespace(weights=tuned)).state_dict()
+
+
+def inserting_in_place(video, tuned):
+    video.update(tuned)
+    return video
+
+
 # %% Lesson 12
 
 
@@ -694,6 +750,17 @@ EXERCISES = (
         "attention is not causal: later frames are seen, too":
         reaching(lambda d, reach: (d >= 0) & (d <= reach) if reach else d == d),
         "reach 0 means any distance": reaching(lambda d, reach: d.abs() <= reach),
+    }),
+    Exercise("10", "captions", called, lessons_captions, {
+        "the temporal layers have never seen the token": calling("a sks car", "a sks car"),
+        "the token stands beside the class word, whose meaning it borrows, not in its place": calling("a sks"),
+        "the token comes before the class word": calling("a car sks"),
+    }),
+    Exercise("10", "insert", put_together, lessons_insert, {
+        "the video model's spatial weights went over the tuned ones: the subject is gone":
+        lambda video, tuned: {**tuned, **video},
+        "the temporal layers are missing: that is an image model": lambda video, tuned: dict(tuned),
+        "the untuned video model was changed; what is there to compare with?": inserting_in_place,
     }),
     Exercise("12", "frechet_distance", measured, frechet_distance, {
         "the root of A B is not the root of its elements": apart(lambda A, B: (A @ B).trace().abs().sqrt()),
