@@ -1,5 +1,6 @@
 """README and docs/ say what the files say."""
 
+import difflib
 import re
 from pathlib import Path
 
@@ -41,3 +42,11 @@ def test_the_readme_is_read_to_its_end() -> None:
 def test_figures_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "docs" / "figures").iterdir()]
     assert max(sizes, default=0) <= 300_000 and sum(sizes) <= 5_000_000
+
+
+def test_lessons_5_and_6_train_alike() -> None:
+    """But for the start, the clips, the mask, the call and what is returned, as lesson 6 says."""
+    code = [next(ROOT.glob(f"{number}_*.py")).read_text() for number in ("05", "06")]
+    trains = [re.search(r"^def train\(.*?\n\n\n", text, re.M | re.S).group().splitlines() for text in code]
+    places = difflib.SequenceMatcher(None, *trains, autojunk=False).get_opcodes()
+    assert sum(tag != "equal" for tag, *_ in places) == 5
