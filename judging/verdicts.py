@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Claim:
     worse: str
     paper: str
     equal: bool = False
+    seen: str = ""  # of an ordering: a number that a person can follow, lower where a row is better
 
 
 @dataclass
@@ -43,11 +44,22 @@ class Verdict:
     differences: list[float]  # worse minus better, one a seed
     floor: float  # of an equivalence: how far real clips are from other real clips
     holds: bool
+    seen: list[float] = field(default_factory=list)  # the same differences in what a person can follow
 
     @property
     def word(self) -> str:
-        judged = "**fails**" if len(self.differences) >= 3 else "fewer than 3 seeds, not judged"
-        return "holds" if self.holds else judged
+        if len(self.differences) < 3:
+            return "fewer than 3 seeds, not judged"
+        if self.holds and self.seen and max(self.seen) < 0:
+            return "open: the two numbers disagree"
+        return "holds" if self.holds else "**fails**"
+
+    @property
+    def seen_beside(self) -> str:
+        """Of the second number: by how much the better row is below the other."""
+        if not self.seen:
+            return ""
+        return f"{self.claim.seen} {statistics.fmean(self.seen):+.2g} ± {deviation(self.seen):.2g}"
 
     def __str__(self) -> str:
         c, mean, spread = self.claim, statistics.fmean(self.differences), deviation(self.differences)
@@ -56,6 +68,8 @@ class Verdict:
             said = f"{c.better} and {c.worse} differ by {mean:+.3g} ± {spread:.2g} in {c.metric}"
             return f"{said}; real clips differ from real ones by {self.floor:.3g} (paper: {c.paper}): {verdict}"
         said = f"{c.better} is below {c.worse} in {c.metric} by {mean:.3g} ± {spread:.2g}"
+        if self.seen:
+            said += f", in {c.seen} by {statistics.fmean(self.seen):.2g} ± {deviation(self.seen):.2g}"
         return f"{said} (paper: {c.paper}): {verdict}"
 
 
@@ -65,7 +79,8 @@ def deviation(values: list[float]) -> float:
 
 def judge(records: list[dict], claims: Sequence[Claim]) -> list[Verdict]:
     """An ordering holds when the paired difference has one sign in all seeds and exceeds twice its standard error; an
-    equivalence, when the mean difference is smaller than the distance of real clips from other real clips."""
+    equivalence, when the mean difference is smaller than the distance of real clips from other real clips. An ordering
+    that holds is open nevertheless where the number that a person can follow has the other sign in all seeds."""
     verdicts = []
     for claim in claims:
         better, worse = (by_seed(records, claim.table, row, claim.metric) for row in (claim.better, claim.worse))
@@ -77,7 +92,9 @@ def judge(records: list[dict], claims: Sequence[Claim]) -> list[Verdict]:
         floors = by_seed(records, "conditional" if claim.table == "alpha" else claim.table, "real", claim.metric)
         floor = statistics.fmean(floors.values()) if floors else 0.0
         holds = len(seeds) >= 3 and (abs(mean) < floor if claim.equal else min(differences) > 0 and mean > 2 * error)
-        verdicts.append(Verdict(claim, differences, floor, holds))
+        better, worse = (by_seed(records, claim.table, row, claim.seen) for row in (claim.better, claim.worse))
+        seen = [worse[seed] - better[seed] for seed in seeds if seed in better and seed in worse]
+        verdicts.append(Verdict(claim, differences, floor, holds, seen))
     return verdicts
 
 

@@ -26,7 +26,7 @@ from extra.metrics import (
     spoil,
 )
 from judging.numbers import number
-from judging.pages import add_rows, summary, verdict
+from judging.pages import add_rows, outdated, summary, verdict
 from judging.study import wilson
 from judging.verdicts import TIMELESS, judge, self_checks
 from kit.data import DrivingScenes
@@ -196,6 +196,24 @@ def test_an_equivalence_is_measured_by_the_floor(learned: list[float], holds: bo
     rows = records("real", [1, 1, 1], "conditional", "toy-FID") + records("alpha = 1", [5, 5, 5], "alpha", "toy-FID")
     (verdict,) = judge(rows + records("learned alpha", learned, "alpha", "toy-FID"), tables.CLAIMS)
     assert verdict.holds is holds
+
+
+@pytest.mark.parametrize(
+    ("mismatch", "word"),
+    [([0.2, 0.3, 0.2], "holds"), ([0.05, 0.06, 0.05], "open: the two numbers disagree"), ([0.05, 0.2, 0.05], "holds")],
+)  # agrees; the other way in every seed; not in every seed
+def test_what_a_person_sees_can_leave_an_ordering_open(mismatch: list[float], word: str) -> None:
+    rows = records("ours", [10] * 3) + records("pixel", [12, 13, 14])
+    for record, value in zip(rows, [0.1, 0.1, 0.1, *mismatch], strict=True):
+        record["numbers"]["mismatch"] = entry(value)
+    (found,) = judge(rows, tables.CLAIMS)
+    assert found.word == word and found.seen_beside.startswith("mismatch ")
+
+
+def test_rows_of_another_reader_are_outdated() -> None:
+    (row,) = records("ours", [10])
+    row["numbers"]["toy-FVD"]["protocol"]["network"] = "ClipReader 12ab"
+    assert outdated(row, {"ClipReader 34cd", "FrameReader 56ef"}) and not outdated(row, {"ClipReader 12ab"})
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
