@@ -141,12 +141,16 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
 
     noise = in_common(run.noise((b * FRAMES, *image.shape), "sample", *key), FRAMES, float(config.calm))
     sampled = image.sample(run, predict, noise, config.ddim_steps, config.eta, *key, power=config.power, label=label)
-    sampled, weight = rearrange(sampled, "(b t) c h w -> b t c h w", b=b), between_ends(z)
-    if config.calm:  # from the same noise much of a network's error is the same in all frames, and the ends show it
-        error = sampled - z
-        sampled = sampled - (1 - weight) * error[:, :1] - weight * error[:, -1:]
-    z[:, 1:-1] = sampled[:, 1:-1]
+    sampled = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)
+    z[:, 1:-1] = (less_the_ends_error(sampled, z) if config.calm else sampled)[:, 1:-1]
     return z
+
+
+def less_the_ends_error(sampled: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """From the same noise much of a network's error is the same in all frames, and the ends, which are known (those of
+    z), show it. Both b t c h w."""
+    error, weight = sampled - z, between_ends(z)
+    return sampled - (1 - weight) * error[:, :1] - weight * error[:, -1:]
 
 
 def between_ends(z: torch.Tensor) -> torch.Tensor:

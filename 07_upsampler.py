@@ -9,9 +9,9 @@ the same patch in every frame. Being convolutional it is applied to whole frames
 
   python 07_upsampler.py          5.5 minutes on 2 cores
 
-One thing is not the paper's, and off in its presets (--no-calm): all frames of a video are given the same noise, of both
-kinds, since what a small network leaves of it boils. Where that is so, the image upsampler by itself is as calm: what
-temporal layers are for shows in the numbers with the paper's noise, which stand first.
+One thing is not the paper's, and off in its presets (--no-calm): all frames of a video are given the same noise, of
+both kinds, since what a small network leaves of it boils. Then the image upsampler by itself is as calm; what temporal
+layers are for shows in the numbers with the paper's noise, which stand first.
 
 Expect of the shipped weights, trained longer than this preset: 4 to 5 dB above bilinear enlargement; with the paper's
 noise, flicker a quarter below the image upsampler's and 3.5 times the restlessness of real clips; with the same noise
