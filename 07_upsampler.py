@@ -16,7 +16,7 @@ which stand first.
 
 Expect of the shipped weights, trained longer than this preset: 4 to 5 dB above bilinear enlargement; with the paper's
 noise, flicker a quarter below the image upsampler's and 3.5 times the restlessness of real clips; with the same noise
-1.7 times, where 2 is the goal.
+1.6 times, where 2 is the goal.
 
 Reads OUT/02_image_ldm (only for its frame size). Writes OUT/07_upsampler/: image.pt, checkpoint.pt (temporal weights),
 upsampled.png, upsampled.gif, metrics.png.

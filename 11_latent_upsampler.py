@@ -6,7 +6,8 @@ cross-attention of spatial and temporal layers (the same tokens), is dropped in 
 level of the noise on the small frames is a class, whose embedding joins the diffusion time, not a token; sampling takes
 level 30. Positions of frames are told. The plan is that of the public x4 upscaler, whose shallow levels look at the
 text twice and never at the whole picture, too large there. With --backbone that model is the image upsampler, and only
-temporal layers are trained. The decoder stays an image decoder, as in the paper.
+temporal layers are trained. The decoder stays an image decoder, as in the paper. (--calm, ours, is lesson 7's: the same
+noise in all frames.)
 
   python 02_image_ldm.py --condition text            first: its autoencoder and its text tokens
   python 11_latent_upsampler.py                      6.5 minutes on 2 cores
@@ -23,7 +24,7 @@ image.pt, checkpoint.pt (temporal weights), upsampled.png, upsampled.gif, metric
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Literal
 
@@ -35,7 +36,7 @@ from common.blocks import channels_last
 from common.diffusion import guide
 from common.image_model import ImageModel, conditions
 from common.loop import Learner, load_part, training_loop
-from common.portions import in_portions
+from common.portions import faded, in_portions
 from common.temporal import TemporalOptions, is_temporal
 from common.unet import UNet
 from extra.plan import count, dry_run, training_cost
@@ -57,7 +58,7 @@ from kit.flags import (
     Whole,
     parse,
 )
-from kit.measures import flicker, psnr, seam
+from kit.measures import flicker, psnr, restlessness, seam
 from kit.parallel import Share
 from kit.pictures import animation, plot_metrics, sheet
 from kit.run import Run, known_good
@@ -189,28 +190,37 @@ def upsample(run: Run, frames: Iterable[torch.Tensor], text: Clips, video: bool 
 @torch.no_grad()
 def upsampled(run: Run, config: Config, image: ImageModel, unet: UNet, small: Iterable[torch.Tensor], text: Clips,
               *key: object, video: bool = True, label: str = "") -> Iterator[torch.Tensor]:
-    """In portions of `config.frames`. video False applies the image upsampler, alpha = 1, to the same noise."""
+    """In portions of `config.frames`, of which the calm way a quarter fades into the next; no longer ones, as positions
+    are told. video False applies the image upsampler, alpha = 1, to the same noise."""
     diffusion = lesson07.make_diffusion(config, run.device)
-    level = torch.full((1,), config.level, device=run.device)
+    level, overlap = torch.full((1,), config.level, device=run.device), config.frames // 4 if config.calm else 0
     with run.autocast():
         told, nothing = lesson09.tokens(image.conditioner, text)  # 1 n d
-    for number, (part, new) in enumerate(in_portions(small, config.frames)):
-        draw, t = run.generator("upsample", *key, number), len(part)
-        low = torch.randn(part.shape, generator=draw).to(run.device)
-        low = diffusion.diffuse(part.to(run.device), low, level)
 
-        def predict(z_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low,
-                    frames: int | None = t if video else None) -> torch.Tensor:
-            with run.autocast():
-                output = denoise(unet, z_tau, tau[:1], low, level, told, frames)
-                if config.guidance == 1:
-                    return output
-                return guide(denoise(unet, z_tau, tau[:1], low, level, nothing, frames), output, config.guidance)
+    def latents() -> Iterator[tuple[torch.Tensor, int]]:
+        first = None
+        for number, (part, new) in enumerate(in_portions(small, config.frames, overlap)):
+            draw, t = run.generator("upsample", *key, number), len(part)
+            low = torch.randn(part.shape, generator=draw).to(run.device)
+            noise = torch.randn(t, image.shape[0], *part.shape[-2:], generator=draw).to(run.device)
+            if config.calm:
+                first = first or (low[:1], noise[:1])
+                low, noise = (of_one.expand(t, -1, -1, -1) for of_one in first)
+            low = diffusion.diffuse(part.to(run.device), low, level)
 
-        noise = torch.randn(t, image.shape[0], *part.shape[-2:], generator=draw).to(run.device)
-        z = diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, label=label, power=config.power)
-        large = image.decode(z[-new:], new, chunk=1)  # large frames fill the memory: one at a time
-        yield from large[0]
+            def predict(z_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor = low,
+                        frames: int | None = t if video else None) -> torch.Tensor:
+                with run.autocast():
+                    output = denoise(unet, z_tau, tau[:1], low, level, told, frames)
+                    if config.guidance == 1:
+                        return output
+                    return guide(denoise(unet, z_tau, tau[:1], low, level, nothing, frames), output, config.guidance)
+
+            yield diffusion.ddim(predict, noise, config.ddim_steps, config.eta, draw, label=label,
+                                 power=config.power), new
+
+    for z in faded(latents(), overlap):
+        yield image.decode(z[None])[0, 0]  # large frames fill the memory: one at a time
 
 
 # %% Settings, and what later lessons load
@@ -250,7 +260,8 @@ class Config(TrainingConfig):
     ema_decay: Fraction = 0.995  # decay of the weight average
     ddim_steps: SamplingSteps = 6  # sampling steps
     power: Spacing = 2.0  # spacing of sampling steps: 1 even, 2 finer towards the data, for few steps
-    eta: Fraction = 1.0  # 0 deterministic, 1 ancestral
+    eta: Fraction = 0.0  # 0 deterministic, 1 ancestral: its fresh noise is another in every frame
+    calm: bool = True  # sampling: the same noise of both kinds in all frames of a video; portions fade
     guidance: Amount = 2.0  # scale of guidance on the text
     samples: Count = 1  # held-out clips in the numbers
 
@@ -263,12 +274,12 @@ PRESETS: dict[str, dict] = {
     "gpu": dict(patch=32, channels=128, multipliers=(1, 2, 2, 4), depth=2, attention=(2, 4, 8), text_only=(2, 4),
                 heads=8, known_features=64, feed_forward=4.0, image_steps=60_000, image_batch=32, image_lr=1e-4,
                 steps=10_000, batch=16, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=50, power=1.0,
-                save_every=2000),
+                eta=1.0, calm=False, save_every=2000),
     # Table 6, upsampler of Stable Diffusion: crops of 320 x 320, 8 clips on each of 32 GPUs. Its cross-attention is 768
     # wide, the upscaler's text encoder 1024: --dry-run counts both. Text is dropped at 0.1, which is not in the paper.
     "paper": dict(backbone="x4", checkpointing=True, patch=80, fps=2.0, known_features=128, feed_forward=4.0,
                   steps=10_000, batch=256, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=250, power=1.0,
-                  save_every=1000),
+                  eta=1.0, calm=False, save_every=1000),
 }
 
 
@@ -295,27 +306,31 @@ def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: 
     real = held_out.video
     small = lesson07.shrink(real)
     videos = {"bilinear": F.interpolate(small.flatten(0, 1), scale_factor=SCALE, mode="bilinear").view_as(real)}
-    for name, video in (("image upsampler", False), ("video upsampler", True)):
-        clips = []
-        for i, caption in enumerate(held_out.captions):
-            text = conditions(1, caption=caption)
-            clips.append(list(upsampled(run, config, image, unet, small[i], text, i, video=video, label=name)))
-        videos[name] = torch.stack([torch.stack(clip) for clip in clips])
+    for calm in sorted({False, config.calm}):  # as in lesson 7
+        for name, video in (("image upsampler", False), ("video upsampler", True)):
+            name, settings, clips = name + ", same noise" * calm, replace(config, calm=calm), []
+            for i, caption in enumerate(held_out.captions):
+                text = conditions(1, caption=caption)
+                clips.append(list(upsampled(run, settings, image, unet, small[i], text, i, video=video, label=name)))
+            videos[name] = torch.stack([torch.stack(clip) for clip in clips])
     # what can be reached: the true large frames, encoded and decoded one by one
     frames = [image.decode(image.encode(frame[None, None])) for frame in real.flatten(0, 1)]
     videos["autoencoder alone"] = torch.cat(frames).view_as(real)
     for name, clips in videos.items():
         run.report(f"PSNR, {name}", psnr(clips, real), "dB")
         run.report(f"flicker, {name}", flicker(clips, real))
+        run.report(f"restlessness, {name}", restlessness(clips, real), "times real")
     change = flicker(videos["video upsampler"], real) / flicker(videos["image upsampler"], real) - 1
     run.report("flicker, change", 100 * change, "%", at_most=-20)
     run.report("flicker at the seam of portions over elsewhere", seam(videos["video upsampler"], real, config.frames))
-    sheet([*(clips[0, :3] for clips in videos.values()), real[0, :3]], run.folder / "upsampled.png")
-    crop = [clips[0, :, :, -160:, :160] for clips in (*videos.values(), real)]
+    shown = ("bilinear", "image upsampler", "video upsampler" + ", same noise" * config.calm, "autoencoder alone")
+    pictures = [*(videos[name] for name in shown), real]
+    sheet([clips[0, :3] for clips in pictures], run.folder / "upsampled.png")
+    crop = [clips[0, :, :, -160:, :160] for clips in pictures]
     animation(torch.stack(crop), run.folder / "upsampled.gif", 8, columns=5)
     for name in ("image", "metrics"):
         plot_metrics(run.folder / f"{name}.csv", ["loss"], "latent upsampler")
-    print(f"pictures: {run.folder}/upsampled.png, upsampled.gif ({', '.join(videos)}, truth)")
+    print(f"pictures: {run.folder}/upsampled.png, upsampled.gif ({', '.join(shown)}, truth)")
 
 
 # %% Main
