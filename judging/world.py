@@ -6,6 +6,7 @@ Clips are n t 3 H W in [-1, 1].
 
 import dataclasses
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.blocks import channels_last
-from common.image_model import ImageModel, conditions
+from common.image_model import ImageModel, conditions, planned_input
 from common.loop import load_part
 from extra.metrics import READER_SIZE, CaptionReader, ClipReader, Detector, FrameReader, SceneReader, train_reader
 from kit.data import Clips, Source, open_data
@@ -79,7 +80,8 @@ TABLES_RECIPE = {
 
 
 ABLATIONS: dict[str, dict] = {"": {}, "attention": {"temporal": "attention"}, "end-to-end": {"end_to_end": True},
-                              "pixel": {"pixel": True}}
+                              "pixel": {"pixel": True}, "pixel-same-steps": {"pixel": True},
+                              "end-to-end-same-flops": {"end_to_end": True}}
 # App. I.3.2 is measured a second time, after LONGER times the steps: FULL_RATE of them as ever, the rest at a fifth of
 # the rate, without which the averaged weights stay noisy.
 LONGER, FULL_RATE = 7, 4
@@ -102,11 +104,18 @@ def trained_parameters(config: Config) -> dict[str, int]:
     """Of the compared temporal networks, by row; "ours" and "attention" must match, the others cannot."""
     counts = {}
     for variant, options in ABLATIONS.items():
-        image_config = lesson_config(config, lesson02, pixel=variant == "pixel")
+        image_config = lesson_config(config, lesson02, pixel=variant.startswith("pixel"))
         with torch.device("meta"):
             unet = lesson05.build(lesson_config(config, lesson05, **options), lesson02.ImageModel(image_config, "meta"))
         counts[variant or "ours"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return counts
+
+
+def flops(forward: Callable[[], torch.Tensor]) -> int:
+    """Of a forward and a backward pass, on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        forward().sum().backward()
+    return counter.get_total_flops()
 
 
 # %% The models of a seed
@@ -178,21 +187,32 @@ class World:
     # the models that are measured
 
     def image(self, variant: str = ""):
-        """The image LDM: "", "boxes", "text" or "pixel" (whose steps match the compute of the latent U-Net's)."""
+        """The image LDM: "", "boxes", "text" or "pixel" (whose steps match the compute of the latent U-Net's), or
+        "pixel-same-steps"."""
 
         def make():
-            options = {"": {}, "pixel": {"pixel": True}}.get(variant, {"condition": variant})
+            options, latent = {"condition": variant} if variant else {}, lesson_config(self.config, lesson02)
             if variant:
                 self.image()  # the autoencoder of all of them
-            run, config = self.lesson(lesson02, variant, **options)
+            run, config = self.lesson(lesson02, variant, **{"pixel": True} if variant.startswith("pixel") else options)
             if variant == "pixel":
-                _, latent = self.lesson(lesson02)
                 config.steps = self.matched_steps(latent.steps, lesson02.ImageModel(config), self.image())
+            if variant == "pixel-same-steps":
+                config.steps = latent.steps
+                self.image("pixel")
+                self.train_on(run, "pixel")
             source = open_data("driving", config.height, config.width, config.final_fps)
             lesson02.train(run, config, source, variant)
             return lesson02.load(run, variant)
 
         return self.keep(("image", variant), make)
+
+    def train_on(self, run: Run, variant: str) -> None:
+        """Lets a run go on from where another variant's ended, which stays as it is."""
+        ended = self.folder / f"{run.name}-{variant}"
+        if not (run.folder / "checkpoint.pt").exists():
+            for name in ("checkpoint.pt", "metrics.csv"):
+                shutil.copyfile(ended / name, run.folder / name)
 
     def matched_steps(self, steps: int, pixel, latent) -> int:
         """So many steps of the pixel model cost what `steps` of the latent one do (FLOPs of a forward pass)."""
@@ -206,13 +226,21 @@ class World:
         return max(1, round(steps * cost(latent) / cost(pixel)))
 
     def prediction(self, variant: str = ""):
-        """Lesson 5, an ablation or "longer": run, configuration, image model, network with averaged weights."""
+        """Lesson 5, an ablation, "longer", or sampled in "4 steps": run, configuration, image model, network with
+        averaged weights."""
+        if variant.endswith(" steps"):
+            run, config, image, unet = self.prediction()
+            return run, dataclasses.replace(config, ddim_steps=int(variant.split()[0])), image, unet
 
         def make():
-            image = self.image("pixel" if variant == "pixel" else "")
+            image = self.image(variant if variant.startswith("pixel") else "")
             run, config = self.lesson(lesson05, variant, **ABLATIONS.get(variant, {}))
             if variant == "pixel":
                 config.steps = self.matched_steps(config.steps, image, self.image())
+            if variant == "end-to-end-same-flops":
+                config.steps = self.equal_flops()
+                self.prediction("end-to-end")
+                self.train_on(run, "end-to-end")
             if variant == "longer":
                 config.steps *= FULL_RATE
             if variant in ("", "longer"):
@@ -228,6 +256,24 @@ class World:
             return run, config, image, unet.requires_grad_(False).eval()
 
         return self.keep(("prediction", variant), make)
+
+    def equal_flops(self) -> int:
+        """So many steps of end-to-end training cost what ours takes: the image model, lesson 3 and lesson 5."""
+        spatial, third, ours = (lesson_config(self.config, lesson) for lesson in (lesson02, lesson03, lesson05))
+        image = lesson02.ImageModel(spatial, "meta")
+
+        def clip(config) -> int:
+            with torch.device("meta"):
+                unet = lesson05.build(config, image)
+            z, tau, context = planned_input(image, config.frames)
+            c_S = torch.cat([z, z[:, :1]], dim=1)
+            return flops(lambda: lesson05.run_unet(unet, z, tau, context, c_S, config))
+
+        with torch.device("meta"):
+            unet = image.unet()
+        cost = flops(lambda: unet(*planned_input(image, 1))) * spatial.steps * spatial.batch
+        cost += clip(ours) * (third.steps * third.batch + ours.steps * ours.batch)
+        return round(cost / clip(dataclasses.replace(ours, end_to_end=True)) / ours.batch)
 
     def interpolation(self):
         def make():
@@ -286,7 +332,7 @@ class World:
 def first_frames(world: World, variant: str, labels: Clips, guidance: float, part: int) -> torch.Tensor:
     """One latent for each row of labels, b c h w, from the image model that a row of Table 1 stands on."""
     run, config, image, unet = world.prediction(variant)
-    if variant == "end-to-end":  # it has no image model: the first frame of a clip with nothing given
+    if variant.startswith("end-to-end"):  # it has no image model: the first frame of a clip with nothing given
         nothing = torch.zeros(len(labels), 0, *image.shape)
         return lesson05.predict_clips(unet, image, nothing, labels, config, run, "first", part)[:, 0]
     unet, steps = image.unet(), config.ddim_steps
@@ -380,9 +426,10 @@ def from_captions(world: World, count: int, guidance: float, times: int = 1, wid
     return world.keep(("captions", count, guidance, times, wider, reach, alone), make)
 
 
-def interpolated(world: World, real: Clips, passes: int) -> torch.Tensor:
+def interpolated(world: World, real: Clips, passes: int, calm: bool = True) -> torch.Tensor:
     """Clips between the first and the last frame of real ones: 4^passes - 1 frames between them."""
     (run, config, model), image = world.interpolation(), world.image()
+    config = dataclasses.replace(config, calm=calm)
 
     def part(labels: Clips, start: int) -> torch.Tensor:
         z = rearrange(image.encode(labels.video[:, [0, -1]]), "(b t) c h w -> b t c h w", t=2)
