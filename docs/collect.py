@@ -112,6 +112,8 @@ def write_expected(out: Path) -> None:
         config, lesson = json.loads((folder / "config.json").read_text()), import_module(folder.name)
         preset = config["preset"]
         default = json.loads(json.dumps(asdict(preset_config(lesson.Config, lesson.PRESETS, preset))))
+        if preset == "cpu" and folder.name[:2] > "02" and not (out / "02_image_ldm").exists():
+            preset = "cpu, shipped"  # what it stands on; see known_good
         fixed = (k for k in default if k not in lesson.Config.free or k == "steps")
         if changed := [k for k in fixed if config.get(k, default[k]) != default[k]]:
             print(f"{folder.name}: not the preset's flags ({', '.join(changed)}), left out")
