@@ -458,7 +458,9 @@ def frames_of(run: Run, config: Config, image: ImageModel) -> Iterator[torch.Ten
         z = lesson06.interpolate(
             lambda first, last, start, stage=stage: between(model, image, first, last, stage, text, config, run,
                                                             "prompt", stage, start), z, windows=8)
-    if (run.config.folder() / lesson04.NAME / "checkpoint.pt").exists():
+    # with lesson 2's autoencoder the shipped decoder will do as well
+    decoder = run.config.folder() / lesson04.NAME if config.backbone else run.built_on(lesson04.NAME)
+    if (decoder / "checkpoint.pt").exists():
         autoencoder, portion = lesson04.load(run, image)
         yield from lesson04.decode_stream(run, autoencoder, z, portion)
     else:
