@@ -3,6 +3,7 @@
 Changes from lesson 5: clips have T = 5 frames and the mask knows both ends, (1, 0, 0, 0, 1). One model, with shared
 weights, serves both passes: it is trained on clips at a quarter of the final rate and at the final rate (7.5 and 30
 frames a second), and a token in the temporal cross-attention says which. N frames become 4 (N - 1) + 1: 8, 29, 113.
+`train` is lesson 5's but for the start, the clips, the mask, the call and what is returned.
 
   python 06_interpolation.py          5 minutes on 2 cores
 

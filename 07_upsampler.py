@@ -15,7 +15,7 @@ the image upsampler by itself is as calm; what temporal layers are for shows in 
 which stand first.
 
 Expect of the shipped weights, trained longer than this preset: 4 to 5 dB above bilinear enlargement; with the paper's
-noise, flicker a quarter below the image upsampler's and 3.5 times the restlessness of real clips; with the same noise
+noise, flicker a quarter below the image upsampler's and 3.6 times the restlessness of real clips; with the same noise
 1.6 times, where 2 is the goal.
 
 Reads OUT/02_image_ldm (only for its frame size). Writes OUT/07_upsampler/: image.pt, checkpoint.pt (temporal weights),

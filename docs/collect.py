@@ -133,7 +133,9 @@ def write_expected(out: Path) -> None:
         for name, number in json.loads((folder / "numbers.json").read_text()).items():
             if number["unit"] != "s":
                 value = number["value"]
-                tolerance = {"dB": 1.5, "%": 10.0}.get(number["unit"], max(0.3 * abs(value), 0.002))
+                # untrained and from the same noise, frames differ by rounding: 0.27 times in bfloat16, 0.002 in float32
+                least = 0.3 if number["unit"] == "times real" else 0.002
+                tolerance = {"dB": 1.5, "%": 10.0}.get(number["unit"], max(0.3 * abs(value), least))
                 rows.append([preset, "numbers", name, "", f"{value:.4g}", f"{tolerance:.2g}"])
         path = DOCS / "expected" / f"{folder.name[:2]}.csv"
         path.parent.mkdir(exist_ok=True)
