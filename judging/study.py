@@ -22,7 +22,8 @@ PAIRS = 100
 
 
 def write_page(folders: list[str], path: Path, seed: int) -> None:
-    """PAIRS random pairs (fewer if there are fewer videos), blind, in random order and sides.
+    """PAIRS pairs (fewer if there are fewer videos), blind, in random order and sides: of files with the same name where
+    both folders have some, which may be two ways to upsample one clip; else at random.
 
     Raises UserError for a folder without videos.
     """
@@ -32,8 +33,12 @@ def write_page(folders: list[str], path: Path, seed: int) -> None:
         if not files:
             raise UserError(f"{folder}: no video in it (looked for {', '.join(MEDIA)})")
         sets.append([files[i] for i in torch.randperm(len(files), generator=draw).tolist()])
+    ours, theirs = sets
+    named = {path.stem: path for path in theirs}
+    if same := [path for path in ours if path.stem in named]:
+        ours, theirs = same, [named[path.stem] for path in same]
     pairs = []
-    for a, b in list(zip(*sets, strict=False))[:PAIRS]:
+    for a, b in list(zip(ours, theirs, strict=False))[:PAIRS]:
         left = int(torch.randint(0, 2, (), generator=draw))
         pairs.append({"left": "AB"[left], "media": [embedded((a, b)[left]), embedded((a, b)[1 - left])]})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -415,6 +415,17 @@ def page(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
     return folder / "study.html"
 
 
+def test_study_shows_what_has_the_same_name_side_by_side(tmp_path: Path) -> None:
+    for folder, names in (("ours", "1234"), ("theirs", "53641")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.png").write_bytes(name.encode())
+    done = program("judging.study", "page", tmp_path / "ours", tmp_path / "theirs", "--to", tmp_path / "study.html")
+    pairs = json.loads((tmp_path / "study.html").read_text().split("const pairs = ")[1].split(";\n")[0])
+    shown = [{media["data"] for media in pair["media"]} for pair in pairs]
+    assert "3 pairs" in done.stdout and len(pairs) == 3 and all(len(both) == 1 for both in shown)
+
+
 def test_study_is_one_file_that_names_no_method(page: Path) -> None:
     text = page.read_text()
     assert text.count("data:image/png;base64") == 6 and "src=" not in text.replace("element.src =", "")
