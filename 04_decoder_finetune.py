@@ -59,6 +59,45 @@ PORTION = 4  # times the frames of a training clip are decoded at once
 # %% The video decoder
 
 
+class Conv3d(nn.Conv3d):
+    """Over frames, b c t h w, with an odd kernel and no stride in time. On CPUs with AMX, torch 2.13 leaves memory it
+    never wrote in bfloat16 weight gradients of some 3D convolutions: often not finite, and if finite wrong without a
+    word. There the weight gradient is taken by 2D convolutions, which are right, and are faster than float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if AMX and x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+            return Conv3dWithGradientBy2D.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+class Conv3dWithGradientBy2D(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: tuple[int, ...],
+                padding: tuple[int, ...]) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv3d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        of_all = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], ctx.stride, ctx.padding, [1, 1, 1],
+                                                     False, [0, 0, 0], 1, [ctx.needs_input_grad[0], False, False])
+        if not ctx.needs_input_grad[1]:
+            return of_all[0], None, None, None, None
+        # channels stay last in memory, or copies cost more than the convolutions
+        frames, outputs = (rearrange(y, "b c t h w -> b t h w c") for y in (x, grad))
+        of_kernel, size, t = [], (*weight.shape[:2], *weight.shape[3:]), x.shape[2]
+        for i in range(weight.shape[2]):
+            ahead = i - weight.shape[2] // 2  # this part of the kernel sees the frame so far ahead of the output
+            pairs = frames[:, max(0, ahead) : t + min(0, ahead)], outputs[:, max(0, -ahead) : t - max(0, ahead)]
+            seen, made = (y.flatten(0, 1).movedim(-1, 1) for y in pairs)  # (b t) c h w
+            of_kernel.append(nn.grad.conv2d_weight(seen, size, made, ctx.stride[1:], ctx.padding[1:]))
+        return of_all[0], torch.stack(of_kernel, dim=2), grad.sum(dim=(0, 2, 3, 4)), None, None
+
+
 class FrameResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3D conv, twice, plus identity; the last conv starts at zero. b c t h w"""
 
@@ -66,17 +105,12 @@ class FrameResnetBlock(nn.Module):
         super().__init__()
 
         def conv() -> nn.Conv3d:
-            return nn.Conv3d(channels, channels, (kernel, 3, 3), padding=(kernel // 2, 1, 1))
+            return Conv3d(channels, channels, (kernel, 3, 3), padding=(kernel // 2, 1, 1))
 
         self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), conv())
         self.out_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Identity(), zero(conv()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if AMX and x.device.type == "cpu" and torch.is_grad_enabled():
-            # On such CPUs torch 2.13 leaves memory it never wrote in bfloat16 weight gradients of some 3D
-            # convolutions: often not finite, and if finite wrong without a word. In float32 they are right.
-            with torch.autocast("cpu", enabled=False):
-                return x + self.out_layers(self.in_layers(x.float())).to(x.dtype)
         return x + self.out_layers(self.in_layers(x))
 
 
@@ -171,8 +205,8 @@ class VideoDiscriminator(nn.Module):
         widths = [3, channels, 2 * channels, 4 * channels]
         layers: list[nn.Module] = []
         for c, out in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv3d(c, out, (3, 4, 4), (1, 2, 2), 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], 1, 3, padding=1))
+            layers += [Conv3d(c, out, (3, 4, 4), (1, 2, 2), 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, Conv3d(widths[-1], 1, 3, padding=1))
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return self.layers(rearrange(video, "b t c h w -> b c t h w"))
@@ -201,8 +235,9 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
     parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
              "critic_optimizer": critic_optimizer}
     ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
-    # the adaptive weight is taken at the decoder's last layer, or at its last trained one
-    last = next(p for n, p in reversed(list(autoencoder.named_parameters())) if p.requires_grad and p.dim() > 3)
+    # the adaptive weight is taken at the decoder's last layer, or at its last trained one; up.0 comes last, see there
+    last = autoencoder.decoder.up[0].block[-1].time_stack.out_layers[-1] if config.freeze_spatial else (
+        autoencoder.decoder.conv_out)
     decode, judges = run.parallel(autoencoder, "decode"), [run.parallel(critic) for critic in critics]
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, step):
@@ -226,7 +261,7 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
                 if step >= config.gan_start:
                     critics.requires_grad_(False)  # they pass gradients on and get none of their own
                     gan = -sum(critic(clip).float().mean() for critic in critics)
-                    weight = config.gan_weight * lesson02.adaptive_weight(reconstruction, gan, last)
+                    weight = config.gan_weight * lesson02.adaptive_weight(reconstruction, gan, last.weight)
                     loss = reconstruction + weight * gan
             share.backward(loss)
             if step >= config.gan_start:

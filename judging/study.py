@@ -22,8 +22,8 @@ PAIRS = 100
 
 
 def write_page(folders: list[str], path: Path, seed: int) -> None:
-    """PAIRS pairs (fewer if there are fewer videos), blind, in random order and sides: of files with the same name where
-    both folders have some, which may be two ways to upsample one clip; else at random.
+    """PAIRS pairs (fewer if there are fewer videos), blind, in random order and sides: of files with the same name,
+    which may be two ways to upsample one clip, where both folders have some; else at random.
 
     Raises UserError for a folder without videos.
     """

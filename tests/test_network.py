@@ -229,6 +229,37 @@ def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -
     assert all(is_temporal(n) == p.requires_grad for n, p in video.named_parameters())
 
 
+@pytest.mark.parametrize("channels, out, kernel, stride, frames, size", [
+    (4, 6, (3, 3, 3), (1, 1, 1), 5, (6, 10)), (3, 8, (3, 4, 4), (1, 2, 2), 4, (8, 16)),
+    (4, 4, (1, 3, 3), (1, 1, 1), 3, (4, 4)), (8, 1, (5, 3, 3), (1, 1, 1), 2, (4, 8))])
+def test_gradients_of_3d_convolutions_by_2d_ones(channels: int, out: int, kernel: tuple, stride: tuple, frames: int,
+                                                 size: tuple) -> None:
+    """What replaces torch's bfloat16 weight gradients on CPUs with AMX is the same sum."""
+    lesson04 = import_module("04_decoder_finetune")
+    generator = torch.Generator().manual_seed(0)
+    conv = lesson04.Conv3d(channels, out, kernel, stride, (kernel[0] // 2, 1, 1))
+    x = torch.randn(2, channels, frames, *size, generator=generator, requires_grad=True)
+    inputs = [x, *conv.parameters()]
+    expected = torch.nn.functional.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+    grad = torch.randn(expected.shape, generator=generator)
+    made = lesson04.Conv3dWithGradientBy2D.apply(x, conv.weight, conv.bias, conv.stride, conv.padding)
+    torch.testing.assert_close(made, expected)
+    for a, b in zip(torch.autograd.grad(made, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not import_module("04_decoder_finetune").AMX, reason="torch is right without AMX")
+def test_bfloat16_gradients_of_3d_convolutions_on_amx() -> None:
+    """A shape at which torch 2.13's own are wrong, sometimes a hundred times too large, beside float32's."""
+    conv = import_module("04_decoder_finetune").Conv3d(128, 128, 3, padding=1)
+    x = torch.randn(2, 128, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(conv(x).square().mean(), conv.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = conv(x)
+    made = torch.autograd.grad(made.float().square().mean(), conv.weight)[0]
+    assert float((made - expected).norm() / expected.norm()) < 0.01
+
+
 def test_norm_of_a_frozen_input_survives_its_backward_pass() -> None:
     """torch's own GroupNorm ends the process here."""
     x = torch.randn(2, 64, 8, 128).contiguous(memory_format=torch.channels_last)

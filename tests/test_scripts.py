@@ -248,6 +248,28 @@ def test_a_folder_of_videos_trains(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.search(r"other files \(4 clips, \w+\) than 02_image_ldm was trained on \(3 clips", said), said
 
 
+@pytest.mark.parametrize("flags", [[], ["--freeze-spatial"]])
+def test_the_critics_are_weighed_at_the_decoders_last_layer(course: Path, tmp_path: Path, flags: list[str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is trained, the layer that runs last, whatever stands last in the list of parameters."""
+    lesson02, lesson04 = import_module("02_image_ldm"), import_module("04_decoder_finetune")
+    shutil.copytree(course / "02_image_ldm", tmp_path / "02_image_ldm")
+    weigh, ran, weighed = lesson02.adaptive_weight, [], []
+
+    def watch(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+        weights = [getattr(layer, "weight", None) for layer in ran]
+        weighed.append(last_layer is [w for w in weights if w is not None and w.requires_grad and w.dim() > 3][-1])
+        return weigh(reconstruction, gan, last_layer)
+
+    monkeypatch.setattr(lesson02, "adaptive_weight", watch)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda layer, given, made: ran.append(layer))
+    try:
+        lesson04.main(["--preset", "smoke", "--out", str(tmp_path), *flags])
+    finally:
+        handle.remove()
+    assert weighed == [True, True]
+
+
 def test_image_variants(course: Path) -> None:
     """Boxes share the autoencoder; the file of boxes makes a first frame, which continues in two futures."""
     lesson02, boxes = import_module("02_image_ldm"), course / "boxes.json"
