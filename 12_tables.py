@@ -4,7 +4,7 @@ What is compared with what stands here: a table is some rows, a row says in a li
 measured, and a claim is two rows of which the paper says that one is better. judging/world.py trains what a row needs,
 at matched steps and trained parameters, for every seed; judging/numbers.py measures; judging/verdicts.py judges.
 
-  python 12_tables.py                                     all tables, three seeds: a smaller set took 11 hours
+  python 12_tables.py                                     all tables, three seeds: a smaller set took 11 hours of a core
   python 12_tables.py --table ablations --seeds 0         one table, one seed
   python 12_tables.py --threads 1 --seeds 0 & python 12_tables.py --threads 1 --seeds 1     side by side
   python 12_tables.py --render                            only writes tables.md and the figures
