@@ -179,7 +179,8 @@ def render(results: dict, folder: Path, tables: Tables, claims: Sequence[Claim])
 
 def draw_table(records: list[dict], name: str, title: str, rows: list[Row], folder: Path) -> None:
     """Bars with standard deviations over the seeds; lines over time for the rollouts."""
-    mine, rows = [r for r in records if r["table"] == name], [row for row in rows if row.measure]
+    mine = [r for r in records if r["table"] == name]
+    rows = [row for row in rows if any(r["row"] == row.name for r in mine)]
     metrics = list(dict.fromkeys(metric for r in mine for metric in r["numbers"]))
     if not mine:
         return
