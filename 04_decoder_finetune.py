@@ -8,7 +8,7 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
 Two things are ours. The latents that the decoder will be given are generated, and jitter: in training they get a little
 noise, which a decoder that sees several frames can average away. And frame-to-frame differences are weighed as such.
 
-  python 04_decoder_finetune.py                         7 minutes on 2 cores
+  python 04_decoder_finetune.py                         4 minutes on 2 cores with AMX
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
@@ -41,6 +41,7 @@ from common.image_model import ImageModel
 from common.loop import EMA, clip_and_warm_up, load_part, training_loop
 from common.portions import faded, in_portions
 from common.temporal import is_temporal
+from extra.conv3d import Conv3d
 from extra.metrics import FrameReader, train_reader
 from extra.plan import dry_run, training_cost
 from kit.data import HELD_OUT, Source, open_data
@@ -52,50 +53,10 @@ from kit.run import Run, known_good
 
 lesson02 = import_module("02_image_ldm")
 NAME = "04_decoder_finetune"
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # whether this CPU multiplies bfloat16 tiles
 PORTION = 4  # times the frames of a training clip are decoded at once
 
 
 # %% The video decoder
-
-
-class Conv3d(nn.Conv3d):
-    """Over frames, b c t h w, with an odd kernel and no stride in time. On CPUs with AMX, torch 2.13 leaves memory it
-    never wrote in bfloat16 weight gradients of some 3D convolutions: often not finite, and if finite wrong without a
-    word. There the weight gradient is taken by 2D convolutions, which are right, and are faster than float32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if AMX and x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
-            return Conv3dWithGradientBy2D.apply(x, self.weight, self.bias, self.stride, self.padding)
-        return super().forward(x)
-
-
-class Conv3dWithGradientBy2D(torch.autograd.Function):
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: tuple[int, ...],
-                padding: tuple[int, ...]) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv3d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, grad: torch.Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        of_all = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], ctx.stride, ctx.padding, [1, 1, 1],
-                                                     False, [0, 0, 0], 1, [ctx.needs_input_grad[0], False, False])
-        if not ctx.needs_input_grad[1]:
-            return of_all[0], None, None, None, None
-        # channels stay last in memory, or copies cost more than the convolutions
-        frames, outputs = (rearrange(y, "b c t h w -> b t h w c") for y in (x, grad))
-        of_kernel, size, t = [], (*weight.shape[:2], *weight.shape[3:]), x.shape[2]
-        for i in range(weight.shape[2]):
-            ahead = i - weight.shape[2] // 2  # this part of the kernel sees the frame so far ahead of the output
-            pairs = frames[:, max(0, ahead) : t + min(0, ahead)], outputs[:, max(0, -ahead) : t - max(0, ahead)]
-            seen, made = (y.flatten(0, 1).movedim(-1, 1) for y in pairs)  # (b t) c h w
-            of_kernel.append(nn.grad.conv2d_weight(seen, size, made, ctx.stride[1:], ctx.padding[1:]))
-        return of_all[0], torch.stack(of_kernel, dim=2), grad.sum(dim=(0, 2, 3, 4)), None, None
 
 
 class FrameResnetBlock(nn.Module):
@@ -235,7 +196,7 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
     parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
              "critic_optimizer": critic_optimizer}
     ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
-    # the adaptive weight is taken at the decoder's last layer, or at its last trained one; up.0 comes last, see there
+    # the adaptive weight is taken at the decoder's last layer, or the last one that is trained (up[0] runs after up[1])
     last = autoencoder.decoder.up[0].block[-1].time_stack.out_layers[-1] if config.freeze_spatial else (
         autoencoder.decoder.conv_out)
     decode, judges = run.parallel(autoencoder, "decode"), [run.parallel(critic) for critic in critics]

@@ -101,7 +101,7 @@ def ablation_rows() -> Iterator[Row]:
         w, generated(w), key_rate(w)), "FVD 534.17, FID 48.26")
     yield Row("ours, guided", "with context guidance, at the lesson's scale", lambda w: score(
         w, generated(w, guidance=w.config.guidance), key_rate(w)), "FVD 508.82, FID 54.16")
-    for scale in (2.0, 5.0):
+    for scale in (2.0, 3.0, 5.0):
         yield Row(f"ours, scale {scale:g}", "context guidance, the sweep", lambda w, s=scale: score(
             w, generated(w, guidance=s), key_rate(w)))
 
@@ -445,8 +445,8 @@ def run_tables(config: Config) -> dict:
         mine.append({"table": name, "row": row.name, "seed": seed, "numbers": numbers,
                      "seconds": round(time.time() - start, 1), "made": datetime.date.today().isoformat(),
                      "hardware": world.hardware()})
-        add_rows(config, TABLES, mine)
-    return add_rows(config, TABLES, mine)
+        add_rows(config, TABLES, mine, readers)
+    return add_rows(config, TABLES, mine, readers)
 
 
 # %% Main

@@ -9,7 +9,7 @@ import torch
 
 from extra.metrics import same_protocol
 from judging.verdicts import Claim, Row, Verdict, by_seed, deviation, judge, self_checks
-from judging.world import TABLES_RECIPE, Config, World, asked, continued, decoded
+from judging.world import Config, World, asked, continued, decoded
 from kit.errors import UserError
 from kit.files import write_text
 from kit.pictures import plt, save_figure, sheet
@@ -25,9 +25,6 @@ def read_results(config: Config) -> dict:
     path = Path(config.results) / "tables.json"
     settings = {k: getattr(config, k) for k in ("preset", "height", "width", "frames", "samples", "references",
                                                 "rollouts", "ddim_steps", "guidance", "detector")}
-    recipe = TABLES_RECIPE if config.preset == "tables" else {}
-    settings["steps"] = {lesson: {what: count for what, count in options.items() if what.endswith("steps")}
-                         for lesson, options in recipe.items()}
     if not path.exists():
         return {"settings": settings, "records": []}
     try:
@@ -41,10 +38,12 @@ def read_results(config: Config) -> dict:
     return results
 
 
-def add_rows(config: Config, tables: Tables, mine: list[dict]) -> dict:
-    """Writes what was measured here into the results file, to which other processes may have added meanwhile."""
-    results = read_results(config)
-    rows = {(r["seed"], r["table"], r["row"]): r for r in [*results["records"], *mine]}
+def add_rows(config: Config, tables: Tables, mine: list[dict], readers: set[str]) -> dict:
+    """Writes what was measured here into the results file, to which other processes may have added meanwhile. Of the
+    tables it belongs to, rows that other readers than these read are dropped: one column has one protocol."""
+    results, touched = read_results(config), {r["table"] for r in mine}
+    kept = [r for r in results["records"] if not (r["table"] in touched and outdated(r, readers))]
+    rows = {(r["seed"], r["table"], r["row"]): r for r in [*kept, *mine]}
     order = {(name, row.name): i for i, (name, row) in enumerate((n, r) for n in tables for r in tables[n][1])}
     results["records"] = sorted(rows.values(), key=lambda r: (r["seed"], order.get((r["table"], r["row"]), 0)))
     Path(config.results).mkdir(parents=True, exist_ok=True)
@@ -122,19 +121,6 @@ def verdict(records: list[dict], claims: Sequence[Claim]) -> str:
             f"of its equivalences {words[True].count('holds')} of {len(words[True])}.")
 
 
-def rules(settings: dict) -> list[str]:
-    """What was fixed before the first row was trained."""
-    if "steps" not in settings:  # rows of a time at which lengths were changed after results had been seen
-        return []
-    steps = "; ".join(f"lesson {int(lesson[:2])}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}"
-                      for lesson, counts in settings["steps"].items())
-    size = f"{settings['height']} x {settings['width']}"
-    clips = f"{settings['samples']} clips a row, of {settings['frames']} frames of {size}"
-    return [f"Fixed before the first row was trained: {clips}, against {settings['references']:,} real ones, in "
-            f"{settings['ddim_steps']} sampling steps; {settings['rollouts']} long videos"
-            f"{f'; {steps}' if steps else ''}. A row added or a length changed after its result was seen says so.", ""]
-
-
 def summary(results: dict, tables: Tables, claims: Sequence[Claim]) -> str:
     """tables.md: what was found, claim by claim, and the tables."""
     verdicts = judge(results["records"], claims)
@@ -147,7 +133,6 @@ def summary(results: dict, tables: Tables, claims: Sequence[Claim]) -> str:
         "found again in the next one; flicker, the error of the steps from frame to frame. toy-FVD and toy-FID are "
         "distances in features of small networks trained here; they rank the rows of a table and cannot be compared "
         "with published numbers.", "",
-        *rules(results["settings"]),
         "| claim | difference over the seeds | as a person sees it | paper | |", "| --- " * 5 + "|",
     ]
     failed = [statement for statement, good in self_checks(results["records"]) if not good]

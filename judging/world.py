@@ -53,7 +53,7 @@ class Config(BaseConfig):
     frames: Count = 8  # frames of a judged clip
     samples: Count = 256  # clips that are judged in each row
     references: Count = 1024  # real clips they are judged against
-    rollouts: Whole = 64  # videos in the table of long prediction
+    rollouts: Whole = 100  # videos in the table of long prediction
     ddim_steps: SamplingSteps = 8  # sampling steps of every row, images and clips alike
     guidance: Amount = 1.5  # scale of context guidance in the guided row; the sweep has others
     reader_steps: Whole = 1500  # training steps of each network that reads scenes
@@ -66,9 +66,9 @@ PRESETS: dict[str, dict] = {
     "gpu": dict(height=128, width=256, samples=2048, references=2048, rollouts=256, ddim_steps=50,
                 reader_steps=10_000),
 }
-# What the lessons are trained with for the tables, on top of the lesson's preset of the same size. tables.md says it as
-# a rule: fixed before the first row was trained, so that nobody trains until a claim holds. What is changed after
-# seeing results is marked in the row.
+# What the lessons are trained with for the tables, on top of the lesson's preset of the same size:
+# fixed before the first row is trained, so that nobody trains until a claim holds. A length that is changed after its
+# result was seen says so in its row.
 BASES = {"smoke": "smoke", "tables": "cpu", "gpu": "gpu"}
 TABLES_RECIPE = {
     "02_image_ldm": dict(ae_steps=2500, gan_start=2200, steps=3000, channels=64, multipliers=(1, 2), attention=(2,)),

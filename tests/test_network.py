@@ -11,6 +11,7 @@ from common.image_model import ImageModel
 from common.loop import adamw, clip_and_warm_up
 from common.temporal import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, is_temporal, train_temporal_only
 from common.unet import UNet
+from extra.conv3d import AMX, Conv3d, Conv3dWithGradientBy2D
 from extra.plan import count
 from kit.flags import preset_config
 
@@ -235,23 +236,22 @@ def test_the_video_decoder_starts_as_the_image_decoder_and_then_mixes_frames() -
 def test_gradients_of_3d_convolutions_by_2d_ones(channels: int, out: int, kernel: tuple, stride: tuple, frames: int,
                                                  size: tuple) -> None:
     """What replaces torch's bfloat16 weight gradients on CPUs with AMX is the same sum."""
-    lesson04 = import_module("04_decoder_finetune")
     generator = torch.Generator().manual_seed(0)
-    conv = lesson04.Conv3d(channels, out, kernel, stride, (kernel[0] // 2, 1, 1))
+    conv = Conv3d(channels, out, kernel, stride, (kernel[0] // 2, 1, 1))
     x = torch.randn(2, channels, frames, *size, generator=generator, requires_grad=True)
     inputs = [x, *conv.parameters()]
     expected = torch.nn.functional.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
     grad = torch.randn(expected.shape, generator=generator)
-    made = lesson04.Conv3dWithGradientBy2D.apply(x, conv.weight, conv.bias, conv.stride, conv.padding)
+    made = Conv3dWithGradientBy2D.apply(x, conv.weight, conv.bias, conv.stride, conv.padding)
     torch.testing.assert_close(made, expected)
     for a, b in zip(torch.autograd.grad(made, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not import_module("04_decoder_finetune").AMX, reason="torch is right without AMX")
+@pytest.mark.skipif(not AMX, reason="torch is right without AMX")
 def test_bfloat16_gradients_of_3d_convolutions_on_amx() -> None:
     """A shape at which torch 2.13's own are wrong, sometimes a hundred times too large, beside float32's."""
-    conv = import_module("04_decoder_finetune").Conv3d(128, 128, 3, padding=1)
+    conv = Conv3d(128, 128, 3, padding=1)
     x = torch.randn(2, 128, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad(conv(x).square().mean(), conv.weight)[0]
     with torch.autocast("cpu", torch.bfloat16):

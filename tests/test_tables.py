@@ -26,7 +26,7 @@ from extra.metrics import (
     spoil,
 )
 from judging.numbers import number
-from judging.pages import add_rows, outdated, summary, verdict
+from judging.pages import add_rows, outdated, read_results, summary, verdict
 from judging.study import wilson
 from judging.verdicts import TIMELESS, judge, self_checks
 from kit.data import DrivingScenes
@@ -285,11 +285,29 @@ def test_a_second_run_measures_nothing_and_an_interrupted_one_goes_on(measured: 
 def test_processes_side_by_side_keep_each_others_rows(tmp_path: Path) -> None:
     config = preset_config(tables.Config, tables.PRESETS, "smoke", results=str(tmp_path))
     rows = [{"table": "ablations", "row": name, "seed": s, "numbers": {}} for s, name in ((1, "ours"), (0, "pixel"))]
-    add_rows(config, tables.TABLES, rows[:1])
-    add_rows(config, tables.TABLES, rows[1:])  # another process
-    results = add_rows(config, tables.TABLES, rows[:1])
+    add_rows(config, tables.TABLES, rows[:1], set())
+    add_rows(config, tables.TABLES, rows[1:], set())  # another process
+    results = add_rows(config, tables.TABLES, rows[:1], set())
     assert results["records"] == [rows[1], rows[0]]  # each once, by seed
     assert json.loads((tmp_path / "tables.json").read_text()) == results
+
+
+def test_a_row_drops_those_of_its_table_that_an_older_reader_read(tmp_path: Path) -> None:
+    """Or one seed, measured again, could not be shown beside the others: numbers of two protocols in one column."""
+    config = preset_config(tables.Config, tables.PRESETS, "smoke", results=str(tmp_path))
+    old = [*records("ours", [10, 11]), *records("video decoder", [3], "decoder")]
+    new = records("ours", [12])
+    for row in old + new:
+        row["numbers"]["toy-FVD"]["protocol"]["network"] = "ClipReader old" if row in old else "ClipReader new"
+    add_rows(config, tables.TABLES, old, {"ClipReader old"})
+    results = add_rows(config, tables.TABLES, new, {"ClipReader new"})
+    assert results["records"] == [new[0], old[2]]  # another table waits until one of its rows is measured
+    assert "| ours | 12 |" in summary(results, tables.TABLES, tables.CLAIMS)
+
+
+def test_the_command_of_the_readme_goes_on_with_the_committed_results() -> None:
+    """Other defaults would be refused in every clone: results made with other settings need a folder of their own."""
+    assert read_results(tables.Config(results=str(ROOT / "results")))["records"]
 
 
 def test_render_writes_the_same_text_again(measured: Path) -> None:
