@@ -10,8 +10,9 @@ lucidrains' Unet3D and diffusers' UNet3DConditionModel. sampling: DDIM with guid
 the lessons at the cpu preset, data included. decoder: frames decoded by lessons 2 and 4. long: lesson 8. growth:
 the temporal training step against frames, latent size, batch and processes, each beside the power law one expects.
 large, on a GPU only: the temporal training step of a network of Stable Diffusion 2.1's size at 320 x 512, 8 frames,
-against diffusers' with the same weights, both recorded or not; peak memory with and without gradient checkpointing.
-compiled: the same, both compiled and recorded. (Compiling took longer than five minutes where it was tried.)
+against diffusers' with the same weights, both recorded or not; sampling; peak memory with and without gradient
+checkpointing. compiled: the step again, both compiled and recorded. (Compiling takes five minutes for ours and six for
+theirs, on an H200's 16 cores side by side; with TORCHINDUCTOR_CACHE_DIR kept, a minute for both from then on.)
 
 Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
 trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
@@ -26,6 +27,7 @@ Needs: pip install "videoldm[bench]" for the networks of others; what is not ins
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -40,7 +42,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +63,7 @@ from common.temporal import (  # noqa: E402
 )
 from common.unet import UNet  # noqa: E402
 from extra.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
+from kit.data import Clips, Source, open_data  # noqa: E402
 from kit.errors import UserError, cli  # noqa: E402
 from kit.files import CHECKPOINTS, write_text  # noqa: E402
 from kit.flags import preset_config  # noqa: E402
@@ -78,6 +81,7 @@ FORMATS = {"float32": (False, False), "bfloat16": (True, False), "bfloat16, chan
 ON_GPU = {"bfloat16, channels-last": (True, True), "bfloat16, recorded": (True, False, False, True),
           "bfloat16, channels-last, recorded": (True, True, False, True)}
 COMPILED = {"bfloat16, compiled, recorded": (True, False, True, True)}
+FASTEST = dict(cuda_graphs=True, device_noise=True, workers=8)  # of a lesson's flags, on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,11 +213,14 @@ class Contestant:
     def best(self, clock: Clock, job: Callable[[], object], formats: dict[str, tuple]) -> str:
         """Sets the fastest setting for a job and returns its name."""
         found = {}
-        for name, setting in formats.items():
+        for name, setting in formats.items() if len(formats) > 1 else ():
             self.use(*setting)
             job()
             found[name] = min(clock.seconds(job) for _ in range(2))
-        name = min(found, key=found.get)
+            self.use(False, False)  # what was recorded holds tens of gigabytes until it is collected
+            gc.collect()
+            torch.cuda.empty_cache()
+        name = min(found, key=found.get) if found else next(iter(formats))  # one need not be compiled twice
         self.use(*formats[name])
         return name
 
@@ -388,36 +395,94 @@ def ours_of_width(width: int) -> nn.Module:
                 temporal=TemporalOptions(context_dim=TEXT))
 
 
-def training_rows(clock: Clock) -> list[dict]:
-    """Steps of the lessons as they are, data and logging included, on the weights in checkpoints/."""
-    from kit.data import open_data
+class Stopwatch:
+    """A source of clips that notes when each step asks for its own and how long it waits, and profiles some steps."""
 
-    lesson02, rows = importlib.import_module("02_image_ldm"), []
-    with tempfile.TemporaryDirectory() as out:
-        shutil.copytree(CHECKPOINTS / "02_image_ldm", Path(out) / "02_image_ldm")
-        for name in ("02_image_ldm", "03_temporal_layers", "05_prediction", "06_interpolation"):  # 03 leaves weights
-            lesson = importlib.import_module(name)
-            config = preset_config(lesson.Config, lesson.PRESETS, "cpu", out=out)
-            run = Run(name, config, "timed" if name == "02_image_ldm" else "")
-            image = lesson02.load(run)
-            source = open_data("driving", image.config.height, image.config.width, 30.0)
-            train = lesson02.train_unet if name == "02_image_ldm" else lesson.train
+    def __init__(self, source: Source, first: int, clock: Clock) -> None:
+        """first: the step from which on times count; what is recorded or kept is there by then."""
+        self.source, self.first, self.clock = source, first, clock
+        self.asked: list[float] = []  # by step
+        self.waited: list[float] = []
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
-            def steps(n: int, train=train, run=run, config=config, source=source, image=image) -> None:
-                config.steps = n
-                train(run, config, source, image)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
 
-            steps(1)
-            flops = flops_of(lambda steps=steps: steps(1))
-            each = []
-            for _ in range(max(2, clock.repeats // 2)):  # what begins and ends a run is subtracted
-                short, long = clock.seconds(lambda s=steps: s(1)), clock.seconds(lambda s=steps: s(9))
-                each.append((long - short) / 8)
-            row = {"row": f"{name}, training step", "ours": each, "FLOPs, ours": flops,
-                   "share, ours": clock.share(flops, each)}
-            rows.append(row)
-            print(f"{row['row']}: {statistics.median(each):.3f} s, {100 * row['share, ours']:.0f} % of the matrix rate")
-    return rows
+    def clips(self, key: Sequence[int], *about: object) -> Clips:
+        if key[2] == len(self.asked):  # (seed, lesson, step, ...): the first request of a step
+            self.begin_step(key[2])
+        start = time.perf_counter()
+        clips = self.source.clips(key, *about)
+        self.waited[-1] += time.perf_counter() - start
+        return clips
+
+    def begin_step(self, step: int) -> None:
+        if self.clock.device.type == "cuda" and step in (self.first // 2, self.first):  # profiled before it is timed
+            self.clock.wait()
+            if step < self.first:
+                self.profile.start()  # which takes a second by itself
+                self.began = time.perf_counter()
+            else:
+                self.profiled = time.perf_counter() - self.began
+                self.profile.stop()
+        self.asked.append(time.perf_counter())
+        self.waited.append(0.0)
+
+    def numbers(self) -> dict:
+        """Seconds of each step, from asking to asking; shares of them: waiting for clips, and the GPU at work."""
+        asked = self.asked[self.first :]
+        found = {"ours": [b - a for a, b in zip(asked, asked[1:], strict=False)]}
+        found["waiting for clips"] = sum(self.waited[self.first : -1]) / sum(found["ours"])
+        if self.clock.device.type == "cuda":
+            kernels = sum(event.self_device_time_total for event in self.profile.key_averages()) / 1e6
+            found["GPU at work"] = kernels / self.profiled
+        return found
+
+
+def training_rows(clock: Clock) -> Iterator[dict]:
+    """Steps of the lessons as they are, data and logging included; on a GPU also as it has them fastest, and so the gpu
+    preset's. The cpu preset's stand on the weights in checkpoints/, the gpu preset's on untrained ones."""
+    ways: list[tuple] = [("cpu", "", {}, 2, 2 + 3 * clock.repeats)]  # preset, name, flags, steps before, and in all
+    if clock.device.type == "cuda":
+        ways = [("cpu", ", recorded, 8 workers", FASTEST, 60, 260), ("gpu", ", recorded, 8 workers", FASTEST, 10, 30),
+                ("cpu", "", {}, 20, 60)]
+    flops: dict[str, int] = {}
+    for preset, way, flags, first, last in ways:
+        with tempfile.TemporaryDirectory() as out:
+            for row in lesson_rows(clock, preset, flags | {"out": out, "device": clock.device.type}, first, last):
+                flops.setdefault(row["row"], row.pop("FLOPs, ours"))
+                row["FLOPs, ours"] = flops[row["row"]]
+                row["share, ours"] = clock.share(row["FLOPs, ours"], row["ours"])
+                row["row"] += way
+                print(f"{row['row']}: {1e3 * statistics.median(row['ours']):.1f} ms, {shares(row)}", flush=True)
+                yield row
+
+
+def lesson_rows(clock: Clock, preset: str, flags: dict, first: int, last: int) -> Iterator[dict]:
+    """A row for each of four lessons, trained in turn, since each leaves the weights that the next one wants."""
+    lesson02, out = importlib.import_module("02_image_ldm"), Path(flags["out"])
+    if preset == "cpu":
+        shutil.copytree(CHECKPOINTS / lesson02.NAME, out / lesson02.NAME)
+    else:
+        config = preset_config(lesson02.Config, lesson02.PRESETS, preset, out=str(out), device=flags["device"],
+                               ae_steps=1, steps=0)
+        scenes = open_data("driving", config.height, config.width, 30.0)
+        lesson02.train(Run(lesson02.NAME, config), config, scenes, "")
+    for name in (lesson02.NAME, "03_temporal_layers", "05_prediction", "06_interpolation"):
+        lesson, variant = importlib.import_module(name), "timed" if name == lesson02.NAME else ""
+        config = preset_config(lesson.Config, lesson.PRESETS, preset, **flags | {"steps": last})
+        run, train = Run(name, config, variant), lesson02.train_unet if lesson is lesson02 else lesson.train
+        image = lesson02.load(run)
+        source = open_data("driving", image.config.height, image.config.width, 30.0, config.workers)
+        watch = Stopwatch(source, first, clock)
+        train(run, config, watch, image)
+        row = {"row": f"{name}, {preset} preset, training step", "batch": config.batch} | watch.numbers()
+        once = dataclasses.replace(config, steps=1, cuda_graphs=False)  # the counter does not see what is recorded
+        run = Run(name, once, "counted")
+        row["FLOPs, ours"] = flops_of(lambda t=train, r=run, c=once, s=source, i=image: t(r, c, s, i))
+        if hasattr(source, "pool"):
+            source.pool.shutdown(cancel_futures=True)
+        yield row
 
 
 def decoder_rows(clock: Clock) -> list[dict]:
@@ -463,20 +528,22 @@ def long_rows(clock: Clock) -> list[dict]:
 
 
 def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
-               formats: dict[str, tuple] = ON_GPU) -> list[dict]:
-    """The temporal training step at the paper's size, and its peak memory with activations kept or computed again (but
-    not with `COMPILED`, whose first step takes minutes)."""
+               formats: dict[str, tuple] = ON_GPU) -> Iterator[dict]:
+    """The temporal training step at the paper's size, sampling, and the step's peak memory with activations kept or
+    computed again (the step alone with `COMPILED`, whose first one takes minutes)."""
     if "diffusers" not in against:
-        return []
+        return
     ours, theirs = pair = same_network(size, clock.device)
     facts = {"against": "diffusers, same weights", "parameters": sum(p.numel() for p in ours.net.parameters())}
     name, job = "temporal training step, SD 2.1 size", ours.step(True)
-    rows = [facts | compare(clock, name, (job, theirs.step(True)), pair, formats)]
+    row = facts | compare(clock, name, (job, theirs.step(True)), pair, formats)
+    yield row
     if formats is COMPILED:
-        return rows
+        return
+    yield facts | compare(clock, "sampling, SD 2.1 size", (ours.sample, theirs.sample), pair)  # eager: no gradients
     theirs.net.to("meta")  # its memory is not ours
     for ours.net.checkpointing in (False, True):
-        ours.use(*formats[rows[0]["setting, ours"]][:2])  # eager: what is recorded keeps its memory
+        ours.use(*formats[row["setting, ours"]][:2])  # eager: what is recorded keeps its memory
         job()
         peak = {}
         if clock.device.type == "cuda":
@@ -485,9 +552,9 @@ def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
         if clock.device.type == "cuda":
             peak = {"peak bytes": torch.cuda.max_memory_allocated()}
         how = "with" if ours.net.checkpointing else "without"
-        rows.append({"row": f"{name}, {how} gradient checkpointing", "ours": each} | peak)
-        print(f"{rows[-1]['row']}: {statistics.median(each):.3f} s, peak {peak.get('peak bytes', 0) / 2**30:.1f} GiB")
-    return rows
+        print(f"{name}, {how} gradient checkpointing: {statistics.median(each):.3f} s, "
+              f"peak {peak.get('peak bytes', 0) / 2**30:.1f} GiB")
+        yield {"row": f"{name}, {how} gradient checkpointing", "ours": each} | peak
 
 
 GROWTH = {  # sizes, and the exponent that is expected: why
@@ -592,28 +659,36 @@ def hardware(clock: Clock) -> dict:
     for package in ("diffusers", "video_diffusion_pytorch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"device": name, "cpu": model[1] if model else platform.machine(), "instructions": kinds,
+    return {"device": name, "gpu": name if clock.device.type == "cuda" else "",
+            "cpu": model[1] if model else platform.machine(), "instructions": kinds,
             "threads": torch.get_num_threads(), "versions": versions,
             "matrix rate, GFLOP/s": {name: rate / 1e9 for name, rate in clock.peak.items()},
             "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def shares(row: dict) -> str:
+    """Of the matrix rate, ours and theirs; of the time of a step."""
+    if "peak bytes" in row:
+        return f"(peak {row['peak bytes'] / 2**20:.0f} MiB)"
+    found = [f"{100 * row[key]:.2g} %" for key in ("share, ours", "share, theirs") if key in row]
+    found += [f"{100 * row[key]:.0f} % {key}" for key in ("waiting for clips", "GPU at work") if key in row]
+    return ", ".join(found)
 
 
 def table(results: dict) -> str:
     machine, lines = results["hardware"], []
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine["matrix rate, GFLOP/s"].items())
     kinds = ", ".join(machine["instructions"]) or "neither AMX nor AVX512-BF16"
-    lines += [f"{machine['cpu']} ({kinds}), {machine['threads']} threads, torch {machine['versions']['torch']}; "
+    where = machine.get("gpu") or f"{machine['cpu']} ({kinds}), {machine['threads']} threads"
+    lines += [f"{where}, torch {machine['versions']['torch']}; "
               f"matrix products in GFLOP/s: {rates}", "",
               "| what | against | ours, s | theirs, s | ratio (lowest to highest) | share of the bfloat16 matrix rate, "
               "ours, theirs |", "| --- | --- | --- | --- | --- | --- |"]
     for row in results["rows"]:
         theirs = f"{statistics.median(row['theirs']):.3g}" if "theirs" in row else ""
         ratio = f"{row['ratio']:.2f} ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f})" if theirs else ""
-        shares = ", ".join(f"{100 * row[key]:.0f} %" for key in ("share, ours", "share, theirs") if key in row)
-        if "peak bytes" in row:
-            shares = f"(peak {row['peak bytes'] / 2**20:.0f} MiB)"
         ours = statistics.median(row["ours"])
-        lines.append(f"| {row['row']} | {row.get('against', '')} | {ours:.3g} | {theirs} | {ratio} | {shares} |")
+        lines.append(f"| {row['row']} | {row.get('against', '')} | {ours:.3g} | {theirs} | {ratio} | {shares(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -652,19 +727,22 @@ def main(argv: list[str] | None = None) -> None:
     parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     for what in tqdm(options.what, desc="parts"):
         if what in ("unet", "sampling"):
-            rows = unet_rows(clock, against, options.widths, what == "sampling")
+            measured = unet_rows(clock, against, options.widths, what == "sampling")
         elif what in WANT_A_GPU:
             if clock.device.type != "cuda":
                 print(f"{what}: not measured, it needs a GPU")
                 continue
-            rows = large_rows(clock, against, formats=ON_GPU if what == "large" else COMPILED)
+            measured = large_rows(clock, against, formats=ON_GPU if what == "large" else COMPILED)
         else:
             measure = {"training": training_rows, "decoder": decoder_rows, "long": long_rows, "growth": growth_rows}
-            rows = measure[what](clock)
-        parts[what] = {"hardware": hardware(clock), "rows": rows}
+            measured = measure[what](clock)
+        rows: list[dict] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"parts": parts}, indent=1) + "\n")
-        write_text(path.with_suffix(".md"), tables(parts))
+        for row in measured:  # each is kept as soon as it is there
+            rows.append(row)
+            parts[what] = {"hardware": hardware(clock), "rows": rows}
+            write_text(path, json.dumps({"parts": parts}, indent=1) + "\n")
+            write_text(path.with_suffix(".md"), tables(parts))
         if what == "growth":
             growth_figure(rows, path.with_suffix(".png"))
     print(f"results: {path}, {path.with_suffix('.md')}")

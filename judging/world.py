@@ -168,14 +168,15 @@ class World:
     def reader(self, kind: type, file: str):
         """Trained in OUT; or, where OUT has none, the one of the repository, with which numbers can be compared."""
         torch.manual_seed(0)
-        run = Run("readers", dataclasses.replace(self.config, out=str(self.config.folder()), resume=True))
-        kept, reader = CHECKPOINTS / "readers" / file, kind()
-        if self.config.preset != "tables" or (run.folder / file).exists() or not kept.exists():
+        folder, kept, reader = self.config.folder() / "readers", CHECKPOINTS / "readers" / file, kind()
+        if self.config.preset != "tables" or (folder / file).exists() or not kept.exists():
+            run = Run(folder.name, dataclasses.replace(self.config, out=str(folder.parent), resume=True))
             longer = 3 if kind is ClipReader else 1  # time takes longer to learn to read
             return train_reader(run, reader, longer * self.config.reader_steps, *READER_SIZE, file)
-        print(f"{run.folder} has no {file}: using {kept}")
+        # no run and no lock: seeds that are measured side by side read with the same one
+        print(f"{folder} has no {file}: using {kept}")
         load_part(reader, load_checkpoint(kept, "git checkout checkpoints")["reader"], kept)
-        return channels_last(reader).to(run.device).requires_grad_(False).eval()
+        return channels_last(reader).to(self.run.device).requires_grad_(False).eval()
 
     @cached_property
     def detector(self) -> Detector | None:

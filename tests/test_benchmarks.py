@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,26 @@ def test_the_part_for_a_gpu_runs_on_a_cpu_at_small_size() -> None:
     clock = bench.Clock(torch.device("cpu"), 1, 64)
     size = bench.Size(64, (1, 1), tokens=3, clips=1, latent=(4, 8))
     formats = {"compiled": (False, False, True, False, "aot_eager")}  # the graph is found, and run without a compiler
-    rows = bench.large_rows(clock, ["diffusers"], size, formats)
+    rows = list(bench.large_rows(clock, ["diffusers"], size, formats))
     assert [row["row"].split(", ")[-1] for row in rows] == [
-        "SD 2.1 size", "without gradient checkpointing", "with gradient checkpointing"]
+        "SD 2.1 size", "SD 2.1 size", "without gradient checkpointing", "with gradient checkpointing"]
     assert rows[0]["setting, ours"] == "compiled" and rows[0]["FLOPs, ours"] > 1e8
     assert "large" in bench.tables({}) and "not measured" in bench.tables({})
+
+
+def test_steps_are_timed_from_asking_to_asking_for_clips() -> None:
+    class Slow:
+        def clips(self, key: tuple, count: int) -> int:
+            time.sleep(0.02)
+            return count
+
+    watch = bench.Stopwatch(Slow(), 1, bench.Clock(torch.device("cpu"), 1, 64))
+    for step in range(4):
+        assert watch.clips((0, 6, step), 2) == watch.clips((0, 6, step), 2)  # lesson 6 asks twice a step
+        time.sleep(0.04)
+    found = watch.numbers()
+    assert len(found["ours"]) == 2 and min(found["ours"]) >= 0.08 and 0.2 < found["waiting for clips"] < 0.8
+    assert "waiting for clips" in bench.shares(found)
 
 
 def test_a_width_without_whole_heads_is_refused() -> None:

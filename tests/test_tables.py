@@ -36,6 +36,16 @@ from kit.pictures import animation
 from tests.test_scripts import ROOT, start
 
 tables = import_module("12_tables")
+HOLD = """
+import sys
+from pathlib import Path
+from kit.files import lock
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+lock(folder)
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 # %% Metrics against what can be computed by hand
@@ -105,6 +115,15 @@ def test_readers_learn_to_read() -> None:
     with torch.no_grad():
         night, _, _ = reader.heads(reader(clips.video[:, 0]))
     assert ((night > 0).long() == clips.night).float().mean() > 0.9
+
+
+def test_seeds_side_by_side_read_with_the_same_shipped_reader(tmp_path: Path) -> None:
+    config = preset_config(tables.Config, tables.PRESETS, "tables", out=str(tmp_path), device="cpu")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "readers")], cwd=ROOT, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # as if another one trained readers
+        assert other.stdout.readline().strip() == "locked"
+        assert isinstance(tables.World(config, 1).clip_reader, ClipReader)
+        other.communicate("done")
 
 
 def test_clip_reader_sees_the_order_of_frames() -> None:
