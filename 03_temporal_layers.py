@@ -73,7 +73,7 @@ def look_at_a_layer(clips: int = 2, frames: int = 8) -> None:
 # %% Training: Eq. (2)
 
 
-def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA, list]:
+def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[nn.Module, EMA, torch.Tensor]:
     torch.manual_seed(config.seed)  # initial temporal weights
     source = with_latents(run, source, image)
     unet = image.unet(TemporalOptions(alpha_frames=config.alpha_frames, ff_mult=config.feed_forward))
@@ -95,8 +95,9 @@ def train(run: Run, config: Config, source: Source, image: ImageModel) -> tuple[
             share.backward(loss)
             run.log(loss=loss)
         learner.step(step)
-        alphas = torch.stack([alpha.mean() for alpha in alphas_of(unet).values()])
-        extra["alphas"].append(alphas.tolist())
+        alphas = torch.stack([alpha.mean() for alpha in alphas_of(unet).values()]).detach()
+        history = torch.as_tensor(extra["alphas"], device=run.device)
+        extra["alphas"] = torch.cat([history, alphas[None]])  # steps layers; read at the end only, lest a GPU waits
         run.log(alpha_min=alphas.min(), alpha_max=alphas.max())
     return unet, learner.ema, extra["alphas"]
 
@@ -206,11 +207,11 @@ def held_out_losses(run: Run, config: Config, image: ImageModel, unet: nn.Module
     save_figure(figure, run.folder / "loss_per_level.png")
 
 
-def plot_alphas(run: Run, names: list[str], history: list[list[float]]) -> None:
-    """alpha of every layer over training; warns of a gate that never moved."""
-    if not history:
+def plot_alphas(run: Run, names: list[str], history: torch.Tensor) -> None:
+    """alpha of every layer over training (steps layers); warns of a gate that never moved."""
+    table = torch.as_tensor(history).cpu()
+    if not len(table):
         return
-    table = torch.tensor(history)  # step, layer
     figure, axis = plt.subplots(figsize=(5, 3))
     for i, name in enumerate(names):
         axis.plot(table[:, i], color=plt.cm.viridis(i / len(names)), label=name if i in (0, len(names) - 1) else None)
@@ -226,7 +227,7 @@ def plot_alphas(run: Run, names: list[str], history: list[list[float]]) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: nn.Module, ema: EMA,
-             history: list) -> None:
+             history: torch.Tensor) -> None:
     fps = config.final_fps / 16
     real = source.clips((config.seed, HELD_OUT), 4 * config.samples, config.frames, fps, "held-out")
     unconditional = conditions(config.samples)

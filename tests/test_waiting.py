@@ -57,6 +57,19 @@ def reads_of(monkeypatch: pytest.MonkeyPatch, lesson: str, *flags: object) -> tu
     """Where a lesson's steps read what was computed, and how many steps were watched."""
     watcher, ends, shares, steps = Watcher(), Run.end_step, Run.shares, []
 
+    def noted(name: str) -> Callable:  # on a CPU these take a tensor's memory without asking for an operation
+        read = getattr(torch.Tensor, name)
+
+        def reading(tensor: torch.Tensor, *args: object) -> object:
+            if watcher.on and tensor in watcher.computed:
+                watcher.places.append(f"{name} in {traceback.extract_stack()[-2].name}")
+            return read(tensor, *args)
+
+        return reading
+
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name))
+
     def begin(run: Run, *args: object) -> Iterator:
         watcher.on = True
         yield from shares(run, *args)
