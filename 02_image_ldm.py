@@ -187,7 +187,10 @@ def train_unet(run: Run, config: Config, source: Source, image: ImageModel) -> t
             x_tau = diffusion.diffuse(x, eps, tau)
             with run.autocast():
                 output = learner.network(x_tau, tau, clips, drop).float()
-            loss = F.mse_loss(output, diffusion.target(x, eps, tau))  # Eq. (1)
+            error = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2, 3))  # Eq. (1), b
+            if config.min_snr:
+                error = diffusion.min_snr_weight(tau, config.min_snr) * error
+            loss = error.mean()
             share.backward(loss)
             run.log(loss=loss)
         learner.step(step)
@@ -286,6 +289,7 @@ class Config(TrainingConfig):
     beta_start: Beta = 0.0015  # first beta
     beta_end: Beta = 0.0195  # last beta
     parameterization: Literal["v", "eps"] = "v"  # what the network predicts
+    min_snr: Amount = 0.0  # cap of loss weights that follow the signal-to-noise ratio (5 in Hang et al. 2023); 0: none
     steps: Whole = 2300  # training steps of the U-Net
     batch: Count = 16  # frames per step
     lr: Rate = 1e-3  # learning rate of the U-Net

@@ -165,11 +165,15 @@ def alpha_rows() -> Iterator[Row]:
 
 
 def choice_rows() -> Iterator[Row]:
-    """Beyond the paper: what sampling steps are worth. (Noise in common, and where lesson 6 begins: the tables of
-    interpolation and of the upsampler.)"""
+    """Beyond the paper: what sampling steps are worth, and loss weights. (Noise in common, and where lesson 6 begins:
+    the tables of interpolation and of the upsampler.)"""
     for steps in (4, 8, 16):
         yield Row(f"{steps} steps", f"images and their continuations in {steps} sampling steps",
                   lambda w, n=steps: score(w, generated(w, f"{n} steps"), key_rate(w)))
+    yield Row("image model", "each frame on its own, the loss of Eq. (1)", lambda w: score(
+        w, independent(w), key_rate(w)))
+    yield Row("image model, min-SNR", "the same steps, losses weighed by the signal-to-noise ratio, at most 5",
+              lambda w: score(w, independent(w, "min-snr"), key_rate(w)))
 
 
 def rollout_rows() -> Iterator[Row]:
@@ -360,7 +364,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     "upsampler": ("Table 3, left: upsampler", list(upsampler_rows())),
     "decoder": ("Tables 3 (right), 11 and 14: decoder", list(decoder_rows())),
     "alpha": ("App. I.3.2: single frames with alpha = 1 and with learned alpha", list(alpha_rows())),
-    "choices": ("Beyond the paper: sampling steps", list(choice_rows())),
+    "choices": ("Beyond the paper: sampling steps, loss weights", list(choice_rows())),
     "rollouts": ("Sec. 3.2: long prediction", list(rollout_rows())),
     "futures": ("Sec. 3.2: several futures, diversity against quality", list(future_rows())),
     "interpolation-5": ("Sec. 3.3: 5 frames at a quarter of the final rate", list(interpolation_rows(1))),

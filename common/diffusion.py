@@ -57,6 +57,12 @@ class Diffusion:
         alpha, sigma = self.levels(tau, x)
         return alpha * eps - sigma * x
 
+    def min_snr_weight(self, tau: torch.Tensor, cap: float) -> torch.Tensor:
+        """Weights b of Eq. (1)'s losses by "min-SNR" (Hang et al. 2023): the error of the clean x counts by the
+        signal-to-noise ratio, but by `cap` at most. In their terms eps-loss is SNR times that error, v-loss SNR + 1."""
+        snr = (self.alpha[tau] / self.sigma[tau]).square()
+        return snr.clamp(max=cap) / (snr if self.parameterization == "eps" else snr + 1)
+
     def split(self, output: torch.Tensor, x_tau: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The clean x and the noise eps that a network output stands for."""
         alpha, sigma = self.levels(tau, x_tau)

@@ -3,6 +3,7 @@
 python docs/collect.py runs/cpu-driving driving
 python docs/collect.py runs/cpu-dashcam real
 python docs/collect.py runs/cpu-driving text     what `make text` adds: lessons 9 to 11 and their backbone
+python docs/collect.py runs/text text-gpu        the same of a longer training
 python docs/collect.py runs/demo demo            only pictures, of what `make demo` wrote
 python docs/collect.py runs/cpu-driving expected  writes the known-good values, docs/expected/NN.csv
 python docs/collect.py                           only rewrites docs/numbers.md from docs/numbers/*.json
@@ -22,13 +23,14 @@ DOCS = Path(__file__).parent
 TARGET = DOCS / "numbers.md"
 LIMIT = 300_000  # bytes of a picture
 TITLES = {"driving": "On the procedural scenes", "text": "Text to video, personalization, latent upsampler",
-          "real": "On real dashcam clips"}
+          "text-gpu": "Text to video, trained for minutes on a GPU", "real": "On real dashcam clips"}
+PROMPTED = ("text", "text-gpu")
 TEXT = ("02_image_ldm-text", "09_text_to_video", "10_personalization", "11_latent_upsampler")
 
 
 def collect(out: Path, name: str) -> None:
     numbers, folders = {}, [path.parent for path in sorted(out.glob("*/numbers.json"))]
-    folders = [f for f in folders if (f.name in TEXT if name == "text" else f.name[:2] < "09" and f.name not in TEXT)]
+    folders = [f for f in folders if (f.name in TEXT if name in PROMPTED else f.name[:2] < "09" and f.name not in TEXT)]
     for path in (folder / "numbers.json" for folder in folders):
         environment = dict(line.partition(" ")[::2] for line in (path.parent / "env.txt").read_text().splitlines())
         command = environment["command"].replace(" --resume", "").replace(" --overwrite", "")
@@ -37,17 +39,15 @@ def collect(out: Path, name: str) -> None:
     (DOCS / "numbers" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     suffixes = (".png", ".gif", ".webp")
     for picture in sorted(p for folder in folders for p in folder.iterdir() if p.suffix in suffixes):
-        if name in ("driving", "text"):  # the demo's pictures stand for lesson 8
+        if name in ("driving", *PROMPTED):  # the demo's pictures stand for lesson 8
             shown = picture.parent.name not in DEMO
         else:
             shown = picture.name in GENERATED
         if shown and picture.name in SHOWN.get(picture.parent.name, ()):
             suffix = "_real" if name == "real" else ""
             copy_small(picture, DOCS / "figures" / f"{picture.parent.name[:2]}_{picture.stem}{suffix}{picture.suffix}")
-    if name == "text":  # what `make text` makes of its prompt
-        for folder in out.glob("09_text_to_video-a-red-car*"):
-            for picture, target in PROMPT.items():
-                copy_small(folder / picture, DOCS / "figures" / target)
+    if prompts := sorted(out.glob("09_text_to_video-*/long-large.webp")) if name in PROMPTED else []:
+        side_by_side(prompts, DOCS / "figures" / "09_prompts.webp")
 
 
 def copy_small(picture: Path, target: Path) -> None:
@@ -74,6 +74,23 @@ def copy_small(picture: Path, target: Path) -> None:
             frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=55)
 
 
+def side_by_side(videos: list[Path], target: Path, width: int = 256) -> None:
+    """Animations of one length and rate in a row, every second frame."""
+    images = [Image.open(path) for path in videos]
+    height, frames = round(width * images[0].height / images[0].width), []
+    for i in range(0, min(image.n_frames for image in images), 2):
+        frames.append(Image.new("RGB", ((width + 4) * len(images) - 4, height), "white"))
+        for column, image in enumerate(images):
+            image.seek(i)
+            small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            frames[-1].paste(small, (column * (width + 4), 0))
+    for quality in (70, 60, 50, 40, 30, 20):
+        frames[0].save(target, save_all=True, append_images=frames[1:], duration=2 * images[0].info["duration"], loop=0,
+                       quality=quality, method=6)
+        if target.stat().st_size <= LIMIT:
+            return
+
+
 SHOWN = {
     "01_toy_alignment": ("figure2.png", "figure2.gif"),
     "02_image_ldm": ("samples.png", "reconstructions.png"),
@@ -89,7 +106,6 @@ SHOWN = {
 }
 DEMO = {"08_sample_long": {"long.webp": "08_small.webp", "long-large.webp": "08_long.webp",
                            "contact_sheet.png": "08_contact_sheet.png", "drift.png": "08_drift.png"}}
-PROMPT = {"long.webp": "09_prompt.webp", "long-large.webp": "09_prompt_large.webp"}
 # of real clips only what models made may be shown: these pictures hold no source frame
 GENERATED = (
     "samples.png",

@@ -87,6 +87,7 @@ ABLATIONS: dict[str, dict] = {"": {}, "attention": {"temporal": "attention"}, "e
 # App. I.3.2 is measured a second time, after LONGER times the steps: FULL_RATE of them as ever, the rest at a fifth of
 # the rate, without which the averaged weights stay noisy.
 LONGER, FULL_RATE = 7, 4
+MIN_SNR = 5.0  # cap of the loss weights, as in Hang et al. 2023
 
 
 def lesson_config(config: Config, lesson, **options):
@@ -190,14 +191,19 @@ class World:
     # the models that are measured
 
     def image(self, variant: str = ""):
-        """The image LDM: "", "boxes", "text" or "pixel" (whose steps match the compute of the latent U-Net's), or
-        "pixel-same-steps"."""
+        """The image LDM: "", "boxes", "text", "min-snr", "pixel" (whose steps match the compute of the latent U-Net's),
+        or "pixel-same-steps"."""
 
         def make():
-            options, latent = {"condition": variant} if variant else {}, lesson_config(self.config, lesson02)
+            options: dict = {"condition": variant} if variant else {}
+            if variant.startswith("pixel"):
+                options = {"pixel": True}
+            if variant == "min-snr":
+                options = {"min_snr": MIN_SNR}
+            latent = lesson_config(self.config, lesson02)
             if variant:
                 self.image()  # the autoencoder of all of them
-            run, config = self.lesson(lesson02, variant, **{"pixel": True} if variant.startswith("pixel") else options)
+            run, config = self.lesson(lesson02, variant, **options)
             if variant == "pixel":
                 config.steps = self.matched_steps(latent.steps, lesson02.ImageModel(config), self.image())
             if variant == "pixel-same-steps":
@@ -384,15 +390,15 @@ def generated(world: World, variant: str = "", guidance: float = 1.0, conditiona
     return world.keep(("generated", variant, guidance, conditional), lambda: in_parts(labels, part))
 
 
-def independent(world: World) -> torch.Tensor:
-    """Every frame from the image model on its own, which is the video model at alpha = 1: n t 3 H W."""
+def independent(world: World, variant: str = "") -> torch.Tensor:
+    """Every frame from an image model on its own, which is the video model at alpha = 1: n t 3 H W."""
 
     def part(labels: Clips, start: int) -> torch.Tensor:
-        frames, image = labels.repeat(world.config.frames), world.image()
+        frames, image = labels.repeat(world.config.frames), world.image(variant)
         z = lesson02.sample_images(image.unet(), image, frames, 1.0, world.run, world.config.ddim_steps, 1.0, start)
         return decoded(image, world.run, rearrange(z, "(b t) c h w -> b t c h w", t=world.config.frames))
 
-    return world.keep("independent", lambda: in_parts(conditions(world.config.samples), part))
+    return world.keep(("independent", variant), lambda: in_parts(conditions(world.config.samples), part))
 
 
 def asked(world: World) -> Clips:

@@ -107,3 +107,16 @@ def test_guidance_in_one_batch_is_guidance_in_two_passes() -> None:
     torch.testing.assert_close(guided(network, x, tau, told, untold, 2.5), expected)
     assert torch.equal(guided(network, x, tau, told, untold, 1), network(x, tau, *told))
     assert calls == [6, 6, 12, 6, 6]  # nothing is computed for the untold where the scale is 1
+
+
+@pytest.mark.parametrize("parameterization", ["v", "eps"])
+def test_min_snr_counts_the_error_of_x_by_the_ratio_up_to_a_cap(parameterization: str) -> None:
+    diffusion = Diffusion("sqrt_linear", 0.0015, 0.0195, parameterization)
+    draw, tau = torch.Generator().manual_seed(0), torch.tensor([20, 120, 300, 700, 990])
+    x, eps, output = (torch.randn(5, 2, 3, dtype=torch.float64, generator=draw) for _ in range(3))
+    x_tau = diffusion.diffuse(x, eps, tau)
+    loss = (output - diffusion.target(x, eps, tau)).square().mean(dim=(1, 2))
+    wrong = (diffusion.split(output, x_tau, tau)[0] - x).square().mean(dim=(1, 2))
+    ratio = (diffusion.alpha[tau] / diffusion.sigma[tau]).square()
+    assert ratio[0] > 5 > ratio[-1]
+    assert torch.allclose(diffusion.min_snr_weight(tau, 5.0) * loss, ratio.clamp(max=5) * wrong, rtol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common.autoencoder import Autoencoder
 from common.image_model import ImageModel, conditions
@@ -165,6 +166,22 @@ def test_lesson_9_finds_it(course: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     flags = [*FLAGS, "--out", str(course), "--key-frames", "2", "--upsampled-seconds", "0.1"]
     lesson09.main([*flags, "--prompt", "a car"])
     assert (course / "09_text_to_video-a-car" / "long-large.webp").stat().st_size > 0
+
+
+def test_without_it_lesson_9_enlarges_pixels(course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture) -> None:
+    small, out = [frame.clamp(-1, 1) for frame in noise(17, 3, 16, 32)], tmp_path / "out"
+    monkeypatch.setattr(lesson09, "frames_of", lambda *args: iter(small))
+    flags = [*FLAGS, "--out", linked(course, out), "--key-frames", "2", "--upsampled-seconds", "0.1"]
+    flags += ["--prompt", "a car"]
+    lesson09.main(flags)
+    assert "small frames only" in capsys.readouterr().out
+    assert not (out / "09_text_to_video-a-car" / "long-large.webp").exists()
+    import_module("07_upsampler").main([*FLAGS, "--out", str(out)])
+    lesson09.main([*flags, "--overwrite"])
+    assert "enlarging pixels, with 07_upsampler" in capsys.readouterr().out
+    with Image.open(out / "09_text_to_video-a-car" / "long-large.webp") as large:
+        assert large.size == (4 * 32, 4 * 16) and large.n_frames == 3
 
 
 def test_resume_gives_the_same_weights(course: Path, tmp_path: Path) -> None:
