@@ -17,7 +17,7 @@ theirs, on an H200's 16 cores side by side; with TORCHINDUCTOR_CACHE_DIR kept, a
 Ours and theirs run in turn, each at the fastest of its settings (float32, bfloat16 autocast, channels-last), found by
 trial at the start; a ratio is theirs over ours, the median over the pairs. Shares are FLOP/s, counted by torch, over
 what a matrix product of 2048 x 2048 (on a GPU 8192 x 8192) reaches in bfloat16 in the same run. Nothing is asserted:
-machines differ.
+machines differ. On a GPU a comparison also says on what kinds of kernels each network spends its (eager) time.
 
 Writes results/benchmarks.json (every repetition), benchmarks.md and benchmarks.png (growth), or with a GPU
 benchmarks_NAME.
@@ -42,7 +42,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,36 @@ class Clock:
 
     def share(self, flops: int, seconds: list[float]) -> float:
         return flops / statistics.median(seconds) / self.peak["bfloat16"]
+
+
+KERNELS = {  # kind: what stands in the names of its kernels; the first that fits
+    "attention": ("flash", "fmha", "attention", "softmax"),
+    "norms": ("norm", "welford", "rowwisemoments"),
+    "optimizer": ("multi_tensor", "adam"),
+    "copies": ("copy", "memcpy", "memset", "nchwtonhwc", "nhwctonchw", "cat"),
+    "convolutions": ("conv", "implicit", "fprop", "dgrad", "wgrad", "winograd"),
+    "matrix products": ("gemm", "cublas", "cutlass", "nvjet", "gemv"),
+    "elementwise": ("elementwise", "reduce", "triton"),
+}
+
+
+def kernel_times(names: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Seconds of the GPU by kind of kernel, the longest first, of (name, seconds)."""
+    found = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for name, seconds in names:
+        kinds = (kind for kind, parts in KERNELS.items() if any(part in name.lower() for part in parts))
+        found[next(kinds, "other")] += seconds
+    return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda item: -item[1]))
+
+
+def profiled(clock: Clock, job: Callable[[], object]) -> dict[str, float]:
+    """What the GPU spends one call of a job on; empty on a CPU."""
+    job()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        job()
+        clock.wait()
+    return kernel_times((event.key, event.self_device_time_total / 1e6) for event in profile.key_averages()
+                        if event.self_device_time_total)
 
 
 def flops_of(work: Callable[[], object]) -> int:
@@ -346,6 +376,9 @@ def compare(clock: Clock, name: str, jobs: tuple[Callable, Callable], pair: tupl
         one.use(*formats[setting][:2])  # FLOPs of what is compiled or recorded are not seen by the counter
         row[f"FLOPs, {who}"] = flops_of(job)
         row[f"share, {who}"] = clock.share(row[f"FLOPs, {who}"], row[who])
+        if kernels := profiled(clock, job) if clock.device.type == "cuda" else {}:
+            row[f"kernels, {who}"] = kernels
+            print(f"{who}: " + ", ".join(f"{kind} {1e3 * seconds:.1f} ms" for kind, seconds in kernels.items()))
     print(f"{name}: {row['ratio']:.2f} times ({row['ratio, lowest']:.2f} to {row['ratio, highest']:.2f}), "
           f"{100 * row['share, ours']:.0f} % of the matrix rate; ours {settings[0]}, theirs {settings[1]}")
     return row

@@ -86,6 +86,13 @@ def test_steps_are_timed_from_asking_to_asking_for_clips() -> None:
     assert "waiting for clips" in bench.shares(found)
 
 
+def test_kernels_are_counted_by_kind() -> None:
+    names = [("cudnn::nchwToNhwcKernel", 1.0), ("sm90_xmma_fprop_implicit_gemm_bf16", 4.0), ("nvjet_tst_128x256", 2.0),
+             ("pytorch_flash::flash_fwd_kernel", 0.5), ("vectorized_elementwise_kernel<bf16 silu>", 3.0), ("x", 0.1)]
+    assert bench.kernel_times(names) == {"convolutions": 4.0, "elementwise": 3.0, "matrix products": 2.0, "copies": 1.0,
+                                         "attention": 0.5, "other": 0.1}
+
+
 def test_a_width_without_whole_heads_is_refused() -> None:
     with pytest.raises(UserError, match="multiples of 64"):
         bench.main(["--widths", "100"])
