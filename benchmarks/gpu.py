@@ -3,6 +3,7 @@
   python benchmarks/gpu.py                    nine minutes
   python benchmarks/gpu.py --parts correct    one part
   python benchmarks/gpu.py --parts compiled   compiled beside diffusers compiled, for which nothing else leaves time
+  python benchmarks/gpu.py --parts tables     lesson 12, three seeds side by side: hours of a CPU
   python benchmarks/gpu.py --tiny             a rehearsal on any machine: smoke presets, every part reached
 
 Each job is a command of its own with a limit in seconds; at its limit it is asked to stop (lessons save and can go on).
@@ -18,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from kit.errors import UserError, cli  # noqa: E402
 from kit.files import CHECKPOINTS, write_text  # noqa: E402
 
-PARTS = ("correct", "fast", "video", "compiled")
+PARTS = ("correct", "fast", "video", "compiled", "tables")
 
 
 # What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 makes 30 of these steps a
@@ -78,7 +80,21 @@ def jobs(out: Path, tiny: bool) -> list[Job]:
     return [Job("correct", "tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py"], 150),
             Job("correct", "lessons", make if tiny else [*make, "course", "text"], 120),
             Job("fast", "large", [*bench, "large"], 150), Job("fast", "training", [*bench, "training"], 200), *weights,
-            Job("compiled", "compiled", [*bench, "compiled"], 500)]
+            Job("compiled", "compiled", [*bench, "compiled"], 500),
+            Job("tables", "tables", ["bash", "-c", tables(out, tiny)], 1000, (0, STOPPED))]
+
+
+def tables(out: Path, tiny: bool) -> str:
+    """Lesson 12, a process for each seed; a shell script whose exit code is the worst of theirs. Rows are kept as they
+    are measured, and what was stopped goes on."""
+    command = [sys.executable, "12_tables.py", "--threads", "1", "--out", f"{out}/tables", "--results", f"{out}/tables"]
+    command += ["--preset", "smoke", "--table", "choices"] if tiny else [
+        "--workers", "4", "--cuda-graphs", "--device-noise"]
+    codes = [f"{out}/seed{seed}" for seed in range(1 if tiny else 3)]
+    seeds = [f"(trap : TERM; {shlex.join(command)} --seeds {seed}; echo $? > {shlex.quote(code)}) &"
+             for seed, code in enumerate(codes)]
+    waiting = 'while [ -n "$(jobs -rp)" ]; do wait; done'  # where stopped, until all have saved
+    return "\n".join(["trap : TERM", *seeds, waiting, f"exit $(sort -n {shlex.join(codes)} | tail -1)"])
 
 
 def do(job: Job, seconds: float, log: Path) -> dict:
@@ -100,7 +116,7 @@ def do(job: Job, seconds: float, log: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all but compiled, if none is named")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="the first three, if none is named")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
     options = parser.parse_args(argv)

@@ -57,6 +57,9 @@ class Config(BaseConfig):
     ddim_steps: SamplingSteps = 8  # sampling steps of every row, images and clips alike
     guidance: Amount = 1.5  # scale of context guidance in the guided row; the sweep has others
     reader_steps: Whole = 1500  # training steps of each network that reads scenes
+    workers: Whole = 0  # of every training, as in the lessons: processes that prepare the clips of the next steps
+    cuda_graphs: bool = False  # likewise: replay the U-Net's kernels, which small networks wait for on a GPU
+    device_noise: bool = False  # likewise: draw noise on the GPU
 
 
 PRESETS: dict[str, dict] = {
@@ -81,6 +84,7 @@ TABLES_RECIPE = {
 }
 
 
+MACHINE = ("threads", "device", "precision", "workers", "cuda_graphs", "device_noise")  # settings that rows share
 ABLATIONS: dict[str, dict] = {"": {}, "attention": {"temporal": "attention"}, "end-to-end": {"end_to_end": True},
                               "pixel": {"pixel": True}, "pixel-same-steps": {"pixel": True},
                               "end-to-end-same-flops": {"end_to_end": True}}
@@ -99,7 +103,7 @@ def lesson_config(config: Config, lesson, **options):
     if variant == "pixel":  # it has a network of its own, matched in compute
         recipe = {k: v for k, v in recipe.items() if k not in ("channels", "multipliers", "attention")}
     presets = lesson02.presets(variant) if lesson is lesson02 else lesson.PRESETS
-    machine = dict(threads=config.threads, device=config.device, precision=config.precision)
+    machine = {name: getattr(config, name) for name in MACHINE}
     return preset_config(lesson.Config, presets, BASES[config.preset], **recipe | machine | options)
 
 
@@ -131,7 +135,7 @@ class World:
         self.config, self.seed = config, seed
         self.folder = config.folder() / f"seed{seed}"
         self.run = Run(NAME, dataclasses.replace(config, out=str(self.folder), seed=seed, resume=True))
-        self.source = open_data("driving", config.height, config.width, config.final_fps)
+        self.source = open_data("driving", config.height, config.width, config.final_fps, config.workers)
         self.kept: dict[object, object] = {}
 
     def keep(self, key: object, make: Callable[[], object]):
@@ -210,8 +214,7 @@ class World:
                 config.steps = latent.steps
                 self.image("pixel")
                 self.train_on(run, "pixel")
-            source = open_data("driving", config.height, config.width, config.final_fps)
-            lesson02.train(run, config, source, variant)
+            lesson02.train(run, config, self.source, variant)
             return lesson02.load(run, variant)
 
         return self.keep(("image", variant), make)
@@ -227,9 +230,9 @@ class World:
         """So many steps of the pixel model cost what `steps` of the latent one do (FLOPs of a forward pass)."""
 
         def cost(image: ImageModel) -> int:
-            x, unet = torch.zeros(1, *image.shape), image.unet()
+            x, unet = torch.zeros(1, *image.shape, device=image.device), image.unet()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                unet(x, torch.zeros(1, dtype=torch.long), image.conditioner(conditions(1)))
+                unet(x, torch.zeros(1, dtype=torch.long, device=image.device), image.conditioner(conditions(1)))
             return counter.get_total_flops()
 
         return max(1, round(steps * cost(latent) / cost(pixel)))
@@ -327,7 +330,8 @@ class World:
     @cached_property
     def upsampler_source(self):
         """Large frames of twice the tables' size, so that small ones are half of it: their own data."""
-        return open_data("driving", 2 * self.config.height, 2 * self.config.width, self.config.final_fps)
+        size = 2 * self.config.height, 2 * self.config.width
+        return open_data("driving", *size, self.config.final_fps, self.config.workers)
 
     def upsampler(self):
         def make():

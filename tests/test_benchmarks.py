@@ -116,7 +116,7 @@ def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: job["exit code"] for name, job in first.items()} == dict.fromkeys(
         ("tests", "lessons", "large", "training", "weights 02", "weights 03", "weights 05", "weights 05, last steps",
-         "weights 06", "weights 06, last steps", "compiled"), 0)
+         "weights 06", "weights 06, last steps", "compiled", "tables"), 0)
     assert {job["part"] for job in first.values()} == set(gpu.PARTS)
     first["training"]["exit code"] = -15  # as if it had been stopped
     (tmp_path / "gpu.json").write_text(json.dumps(first))

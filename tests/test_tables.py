@@ -25,6 +25,7 @@ from extra.metrics import (
     same_protocol,
     spoil,
 )
+from judging import world
 from judging.numbers import number
 from judging.pages import add_rows, outdated, read_results, summary, verdict
 from judging.study import wilson
@@ -124,6 +125,14 @@ def test_seeds_side_by_side_read_with_the_same_shipped_reader(tmp_path: Path) ->
         assert other.stdout.readline().strip() == "locked"
         assert isinstance(tables.World(config, 1).clip_reader, ClipReader)
         other.communicate("done")
+
+
+def test_lessons_train_as_the_tables_are_told_to() -> None:
+    flags = {"workers": 3, "cuda_graphs": True, "device_noise": True, "threads": 1}
+    config = preset_config(tables.Config, tables.PRESETS, "tables", **flags)
+    for lesson in (tables.lesson02, tables.lesson03, tables.lesson04, tables.lesson07):
+        told = world.lesson_config(config, lesson)
+        assert {name: getattr(told, name) for name in flags} == flags
 
 
 def test_clip_reader_sees_the_order_of_frames() -> None:
