@@ -479,13 +479,9 @@ def training_rows(clock: Clock) -> Iterator[dict]:
     if clock.device.type == "cuda":
         ways = [("cpu", ", recorded, 8 workers", FASTEST, 60, 260), ("gpu", ", recorded, 8 workers", FASTEST, 10, 30),
                 ("cpu", "", {}, 20, 60)]
-    flops: dict[str, int] = {}
     for preset, way, flags, first, last in ways:
         with tempfile.TemporaryDirectory() as out:
             for row in lesson_rows(clock, preset, flags | {"out": out, "device": clock.device.type}, first, last):
-                flops.setdefault(row["row"], row.pop("FLOPs, ours"))
-                row["FLOPs, ours"] = flops[row["row"]]
-                row["share, ours"] = clock.share(row["FLOPs, ours"], row["ours"])
                 row["row"] += way
                 print(f"{row['row']}: {1e3 * statistics.median(row['ours']):.1f} ms, {shares(row)}", flush=True)
                 yield row
@@ -513,6 +509,7 @@ def lesson_rows(clock: Clock, preset: str, flags: dict, first: int, last: int) -
         once = dataclasses.replace(config, steps=1, cuda_graphs=False)  # the counter does not see what is recorded
         run = Run(name, once, "counted")
         row["FLOPs, ours"] = flops_of(lambda t=train, r=run, c=once, s=source, i=image: t(r, c, s, i))
+        row["share, ours"] = clock.share(row["FLOPs, ours"], row["ours"])
         if hasattr(source, "pool"):
             source.pool.shutdown(cancel_futures=True)
         yield row
