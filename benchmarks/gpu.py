@@ -79,7 +79,7 @@ def jobs(out: Path, tiny: bool) -> list[Job]:
         for name, (lesson, share, _) in WEIGHTS.items()]
     return [Job("correct", "tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py"], 150),
             Job("correct", "lessons", make if tiny else [*make, "course", "text"], 120),
-            Job("fast", "large", [*bench, "large"], 150), Job("fast", "training", [*bench, "training"], 200), *weights,
+            Job("fast", "large", [*bench, "large"], 100), Job("fast", "training", [*bench, "training"], 120), *weights,
             Job("compiled", "compiled", [*bench, "compiled"], 500),
             Job("tables", "tables", ["bash", "-c", tables(out, tiny)], 1000, (0, STOPPED))]
 

@@ -570,7 +570,8 @@ def large_rows(clock: Clock, against: list[str], size: Size = LARGE,
     yield row
     if formats is COMPILED:
         return
-    yield facts | compare(clock, "sampling, SD 2.1 size", (ours.sample, theirs.sample), pair)  # eager: no gradients
+    eager = FORMATS if formats is ON_GPU else formats  # without gradients nothing is recorded
+    yield facts | compare(clock, "sampling, SD 2.1 size", (ours.sample, theirs.sample), pair, eager)
     theirs.net.to("meta")  # its memory is not ours
     for ours.net.checkpointing in (False, True):
         ours.use(*formats[row["setting, ours"]][:2])  # eager: what is recorded keeps its memory
