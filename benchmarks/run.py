@@ -27,9 +27,8 @@ Needs: pip install "videoldm[bench]" for the networks of others; what is not ins
 import argparse
 import contextlib
 import dataclasses
-import gc
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import platform
@@ -41,330 +40,46 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest.mock
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the lessons are scripts beside this folder
-
-from common.blocks import channels_last  # noqa: E402
-from common.diffusion import Diffusion, guide  # noqa: E402
-from common.loop import adamw  # noqa: E402
-from common.temporal import (  # noqa: E402
-    TemporalOptions,  # noqa: E402
-    is_temporal,
-    train_temporal_only,
+from benchmarks.clocks import Clock, Stopwatch, flops_of, profiled  # noqa: E402
+from benchmarks.networks import (  # noqa: E402
+    COMPILED,
+    FORMATS,
+    LARGE,
+    ON_GPU,
+    TEXT,
+    Contestant,
+    Size,
+    call_ours,
+    missing,
+    ours_of_width,
+    same_job,
+    same_network,
 )
-from common.unet import UNet  # noqa: E402
-from extra.pretrained import architecture, from_diffusers_unet, load_weights  # noqa: E402
-from kit.data import Clips, Source, open_data  # noqa: E402
+from common.blocks import channels_last  # noqa: E402
+from common.loop import adamw  # noqa: E402
+from common.temporal import is_temporal, train_temporal_only  # noqa: E402
+from kit.data import open_data  # noqa: E402
 from kit.errors import UserError, cli  # noqa: E402
 from kit.files import CHECKPOINTS, write_text  # noqa: E402
 from kit.flags import preset_config  # noqa: E402
-from kit.parallel import hasten  # noqa: E402
 from kit.pictures import plt, save_figure  # noqa: E402
 from kit.run import Run, keep_freed_memory, pick_device, pick_dtype  # noqa: E402
 
 WHAT = ("unet", "sampling", "training", "decoder", "long", "growth", "large", "compiled")
 WANT_A_GPU = ("large", "compiled")
 AGAINST = ("diffusers", "lucidrains")
-FRAMES, TEXT = 8, 64  # of a clip; width of the tokens
-SAMPLING_STEPS, SCALE = 4, 2.0
-# settings among which the fastest is taken: bfloat16 autocast, channels-last, compiled, recorded as a CUDA graph
-FORMATS = {"float32": (False, False), "bfloat16": (True, False), "bfloat16, channels-last": (True, True)}
-ON_GPU = {"bfloat16, channels-last": (True, True), "bfloat16, recorded": (True, False, False, True),
-          "bfloat16, channels-last, recorded": (True, True, False, True)}
-COMPILED = {"bfloat16, compiled, recorded": (True, False, True, True)}
 FASTEST = dict(cuda_graphs=True, device_noise=True, workers=8)  # of a lesson's flags, on a GPU
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A U-Net of Stable Video Diffusion's kind, and the latents that go through it."""
-
-    width: int
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    text: int = TEXT
-    tokens: int = 1
-    clips: int = 2
-    latent: tuple[int, int] = (16, 32)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(self.width * multiplier for multiplier in self.multipliers)
-
-
-LARGE = Size(320, (1, 2, 4, 4), text=1024, tokens=77, clips=1, latent=(40, 64))  # Stable Diffusion 2.1, 320 x 512
-
-
-# %% Clocks
-
-
-class Clock:
-    """Times on one device, and the rate of its matrix products, the measure of everything else."""
-
-    def __init__(self, device: torch.device, repeats: int, n: int = 0) -> None:
-        """n: size of the matrices; 0 is large enough that a launch does not count."""
-        self.device, self.repeats = device, repeats
-        n = n or (8192 if device.type == "cuda" else 2048)
-        self.peak = {str(dtype).removeprefix("torch."): self.matrix_rate(dtype, n)
-                     for dtype in (torch.float32, torch.bfloat16)}
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        self.wait()
-        start = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def matrix_rate(self, dtype: torch.dtype, n: int) -> float:
-        """FLOP/s of the fastest of ten products of n x n matrices."""
-        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
-        a @ b
-        return 2 * n**3 / min(self.seconds(lambda: a @ b) for _ in range(10))
-
-    def in_turn(self, ours: Callable[[], object], theirs: Callable[[], object]) -> dict:
-        """Both measured in turn, after one unmeasured call of each."""
-        ours(), theirs()
-        pairs = [(self.seconds(ours), self.seconds(theirs)) for _ in range(self.repeats)]
-        ratios = [b / a for a, b in pairs]
-        return {"ours": [a for a, _ in pairs], "theirs": [b for _, b in pairs], "ratio": statistics.median(ratios),
-                "ratio, lowest": min(ratios), "ratio, highest": max(ratios)}
-
-    def share(self, flops: int, seconds: list[float]) -> float:
-        return flops / statistics.median(seconds) / self.peak["bfloat16"]
-
-
-KERNELS = {  # kind: what stands in the names of its kernels; the first that fits
-    "attention": ("flash", "fmha", "attention", "softmax"),
-    "norms": ("norm", "welford", "rowwisemoments"),
-    "optimizer": ("multi_tensor", "adam"),
-    "copies": ("copy", "memcpy", "memset", "nchwtonhwc", "nhwctonchw", "cat"),
-    "convolutions": ("conv", "implicit", "fprop", "dgrad", "wgrad", "winograd"),
-    "matrix products": ("gemm", "cublas", "cutlass", "nvjet", "gemv"),
-    "elementwise": ("elementwise", "reduce", "triton"),
-}
-
-
-def kernel_times(names: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Seconds of the GPU by kind of kernel, the longest first, of (name, seconds)."""
-    found = dict.fromkeys([*KERNELS, "other"], 0.0)
-    for name, seconds in names:
-        kinds = (kind for kind, parts in KERNELS.items() if any(part in name.lower() for part in parts))
-        found[next(kinds, "other")] += seconds
-    return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda item: -item[1]))
-
-
-def profiled(clock: Clock, job: Callable[[], object]) -> dict[str, float]:
-    """What the GPU spends one call of a job on; empty on a CPU."""
-    job()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        job()
-        clock.wait()
-    return kernel_times((event.key, event.self_device_time_total / 1e6) for event in profile.key_averages()
-                        if event.self_device_time_total)
-
-
-def flops_of(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-# %% One network and what can be done with it
-
-
-class Contestant:
-    """A network under one call signature, f(x, tau, text) with x (b t) c h w, and its jobs at one setting."""
-
-    def __init__(self, net: nn.Module, call: Callable, temporal: Callable[[str], bool], size: Size) -> None:
-        self.net, self.call, self.temporal = net, call, temporal
-        self.use(False, False)
-        device = next(net.parameters()).device
-        draw = torch.Generator().manual_seed(0)
-        self.x = torch.randn(size.clips * FRAMES, 4, *size.latent, generator=draw).to(device)
-        self.tau = torch.tensor([7, 801], device=device)[: size.clips]
-        self.text = torch.randn(size.clips, size.tokens, size.text, generator=draw).to(device)
-
-    def use(self, bfloat16: bool, to_channels_last: bool, compiled: bool = False, recorded: bool = False,
-            backend: str = "inductor") -> None:
-        self.bfloat16, self.channels_last = bfloat16, to_channels_last
-        hasten(self.net, compiled, recorded, backend)
-        if to_channels_last:
-            channels_last(self.net)
-        else:
-            for module in self.net.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.to(memory_format=torch.contiguous_format)
-
-    def output(self, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.call(self.net, x, tau, text)
-
-    @torch.no_grad()
-    def forward(self) -> torch.Tensor:
-        return self.output(self.x, self.tau, self.text)
-
-    def step(self, only_temporal: bool) -> Callable[[], None]:
-        for name, p in self.net.named_parameters():
-            p.requires_grad_(self.temporal(name) or not only_temporal)
-        optimizer = adamw(self.net, 1e-5)
-
-        def train() -> None:
-            self.output(self.x, self.tau, self.text).float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return train
-
-    def sample(self) -> torch.Tensor:
-        """DDIM with guidance, both halves of it in one batch: t c h w of every clip."""
-        diffusion = Diffusion("sqrt_linear", 0.0015, 0.0195, "v", self.x.device)
-        text = torch.cat([torch.zeros_like(self.text), self.text])
-
-        def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-            untold, told = self.output(torch.cat([x, x]), tau[:: FRAMES].repeat(2), text).chunk(2)
-            return guide(untold, told, SCALE)
-
-        return diffusion.ddim(predict, self.x, SAMPLING_STEPS, 0.0, torch.Generator())
-
-    def best(self, clock: Clock, job: Callable[[], object], formats: dict[str, tuple]) -> str:
-        """Sets the fastest setting for a job and returns its name."""
-        found = {}
-        for name, setting in formats.items() if len(formats) > 1 else ():
-            self.use(*setting)
-            job()
-            found[name] = min(clock.seconds(job) for _ in range(2))
-            self.use(False, False)  # what was recorded holds tens of gigabytes until it is collected
-            gc.collect()
-            torch.cuda.empty_cache()
-        name = min(found, key=found.get) if found else next(iter(formats))  # one need not be compiled twice
-        self.use(*formats[name])
-        return name
-
-
-def same_network(size: Size, device: torch.device) -> tuple[Contestant, Contestant]:
-    """Our U-Net and diffusers' of Stable Video Diffusion with the same random weights.
-
-    Two things are set in theirs, as the released code has them: the norms' eps, and the vector added to the diffusion
-    time, which is made zero (we have none here). One thing in ours: 32 groups in every norm at any width.
-    """
-    import diffusers
-
-    attended = len(size.widths) - 1
-    with device:  # 1.5 G parameters take a CPU a minute
-        theirs = diffusers.UNetSpatioTemporalConditionModel(
-            in_channels=4, out_channels=4, block_out_channels=size.widths, layers_per_block=2,
-            cross_attention_dim=size.text, num_attention_heads=tuple(width // 64 for width in size.widths),
-            addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
-            down_block_types=("CrossAttnDownBlockSpatioTemporal",) * attended + ("DownBlockSpatioTemporal",),
-            up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * attended)
-    draw = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.1
-            p.copy_(scale * torch.randn(p.shape, generator=draw, device=device) + (p.dim() == 1 and "norm" in name))
-        for p in theirs.add_embedding.linear_2.parameters():
-            p.zero_()
-    for name, module in theirs.named_modules():
-        if isinstance(module, nn.GroupNorm) and "resnets" in name:
-            module.eps = 1e-5
-    weights = from_diffusers_unet(theirs.state_dict())
-    weights = {name: value for name, value in weights.items() if not name.startswith("label_emb")}
-    with device:
-        ours = UNet(**architecture(weights, "diffusers", head_channels=64))
-    load_weights(ours, weights, "diffusers")
-    for module in ours.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = 32
-    ids = torch.zeros(1, 3, device=device)
-
-    def call_theirs(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        clips = x.unflatten(0, (-1, FRAMES))
-        return net(clips, tau, text, ids.expand(len(tau), -1), return_dict=False)[0].flatten(0, 1)
-
-    def of_time(name: str) -> bool:
-        return "temporal" in name or "time_pos" in name or "time_mixer" in name
-
-    return (Contestant(ours.to(device), call_ours, is_temporal, size),
-            Contestant(theirs.to(device), call_theirs, of_time, size))
-
-
-def call_ours(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    return net(x, tau, text, frames=FRAMES, time_context=text)
-
-
-def nearest_size(build: Callable[[int], nn.Module], goal: int, widths: range) -> nn.Module:
-    """The network of a family whose parameters come nearest to `goal`."""
-
-    def parameters(width: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(width).parameters())
-
-    return build(min(widths, key=lambda width: abs(parameters(width) - goal)))
-
-
-def same_job(who: str, goal: int, device: torch.device) -> Contestant:
-    """Another video U-Net of about `goal` parameters."""
-    torch.manual_seed(0)
-    if who == "diffusers":
-        import diffusers
-
-        def build(width: int) -> nn.Module:
-            return diffusers.UNet3DConditionModel(
-                block_out_channels=(width, 2 * width, 2 * width), layers_per_block=2, cross_attention_dim=TEXT,
-                down_block_types=("CrossAttnDownBlock3D",) * 2 + ("DownBlock3D",),
-                up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 2, attention_head_dim=32)  # fmt: skip
-
-        def call(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-            clips = x.unflatten(0, (-1, FRAMES)).transpose(1, 2)  # b c t h w
-            return net(clips, tau, text).sample.transpose(1, 2).flatten(0, 1)
-
-        widths = range(32, 1024, 32)
-    else:
-        from video_diffusion_pytorch import Unet3D
-
-        def build(width: int) -> nn.Module:
-            return Unet3D(dim=width, cond_dim=TEXT, channels=4, dim_mults=(1, 2, 2))
-
-        def call(net: nn.Module, x: torch.Tensor, tau: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-            clips = x.unflatten(0, (-1, FRAMES)).transpose(1, 2)
-            return net(clips, tau, cond=text[:, 0]).transpose(1, 2).flatten(0, 1)
-
-        widths = range(16, 1024, 16)
-    return Contestant(nearest_size(build, goal, widths).to(device), call, is_temporal, Size(0))
-
-
 # %% What is measured
-
-
-def missing(who: str) -> str:
-    """Why a network of others cannot be measured here; "" if it can."""
-    package = {"diffusers": "diffusers", "lucidrains": "video_diffusion_pytorch"}[who]
-    # lucidrains' data set and trainer use torchvision and its network does not: where there is none, an empty one does
-    stand_in = who == "lucidrains" and not importlib.util.find_spec("torchvision")
-    if stand_in:
-        sys.modules["torchvision"] = unittest.mock.MagicMock()
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return f'{who}: not installed; pip install "videoldm[bench]"'
-    finally:
-        if stand_in:
-            del sys.modules["torchvision"]
-    return ""
 
 
 def compare(clock: Clock, name: str, jobs: tuple[Callable, Callable], pair: tuple[Contestant, Contestant],
@@ -420,56 +135,6 @@ def unet_rows(clock: Clock, against: list[str], widths: list[int], sampling: boo
                           "full training step": (ours.step(False), theirs.step(False))}.items():
             rows.append(facts | compare(clock, f"{name}, {who}'s network", job, pair))
     return rows
-
-
-def ours_of_width(width: int) -> nn.Module:
-    torch.manual_seed(0)
-    return UNet(4, 4, width, (1, 2, 2), 2, (1, 2), head_channels=64, context_dim=TEXT,
-                temporal=TemporalOptions(context_dim=TEXT))
-
-
-class Stopwatch:
-    """A source of clips that notes when each step asks for its own and how long it waits, and profiles some steps."""
-
-    def __init__(self, source: Source, first: int, clock: Clock) -> None:
-        """first: the step from which on times count; what is recorded or kept is there by then."""
-        self.source, self.first, self.clock = source, first, clock
-        self.asked: list[float] = []  # by step
-        self.waited: list[float] = []
-        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.source, name)
-
-    def clips(self, key: Sequence[int], *about: object) -> Clips:
-        if key[2] == len(self.asked):  # (seed, lesson, step, ...): the first request of a step
-            self.begin_step(key[2])
-        start = time.perf_counter()
-        clips = self.source.clips(key, *about)
-        self.waited[-1] += time.perf_counter() - start
-        return clips
-
-    def begin_step(self, step: int) -> None:
-        if self.clock.device.type == "cuda" and step in (self.first // 2, self.first):  # profiled before it is timed
-            self.clock.wait()
-            if step < self.first:
-                self.profile.start()  # which takes a second by itself
-                self.began = time.perf_counter()
-            else:
-                self.profiled = time.perf_counter() - self.began
-                self.profile.stop()
-        self.asked.append(time.perf_counter())
-        self.waited.append(0.0)
-
-    def numbers(self) -> dict:
-        """Seconds of each step, from asking to asking; shares of them: waiting for clips, and the GPU at work."""
-        asked = self.asked[self.first :]
-        found = {"ours": [b - a for a, b in zip(asked, asked[1:], strict=False)]}
-        found["waiting for clips"] = sum(self.waited[self.first : -1]) / sum(found["ours"])
-        if self.clock.device.type == "cuda":
-            kernels = sum(event.self_device_time_total for event in self.profile.key_averages()) / 1e6
-            found["GPU at work"] = kernels / self.profiled
-        return found
 
 
 def training_rows(clock: Clock) -> Iterator[dict]:

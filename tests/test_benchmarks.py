@@ -1,6 +1,5 @@
 """The benchmarks compare what they say: equal networks, measured in turn. Times themselves are never tested."""
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -8,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import clocks, gpu, networks
+from benchmarks import run as bench
 from kit.errors import UserError
-
-spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "run.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
 
 
 def test_both_networks_give_the_same() -> None:
     pytest.importorskip("diffusers")
-    ours, theirs = bench.same_network(bench.Size(64), torch.device("cpu"))
+    ours, theirs = networks.same_network(networks.Size(64), torch.device("cpu"))
     a, b = ours.forward(), theirs.forward()
     assert float((a - b).norm() / b.norm()) < 1e-5
     ours.use(True, True)  # another setting rounds, and is the same network
@@ -28,7 +25,7 @@ def test_both_networks_give_the_same() -> None:
 def test_both_train_the_temporal_layers_alone() -> None:
     pytest.importorskip("diffusers")
     trained = []
-    for one in bench.same_network(bench.Size(64), torch.device("cpu")):
+    for one in networks.same_network(networks.Size(64), torch.device("cpu")):
         before = {name: p.clone() for name, p in one.net.named_parameters()}
         one.step(True)()
         changed = [name for name, p in one.net.named_parameters() if not torch.equal(p, before[name])]
@@ -39,14 +36,14 @@ def test_both_train_the_temporal_layers_alone() -> None:
 
 def test_ours_and_theirs_run_in_turn() -> None:
     calls: list[str] = []
-    clock = bench.Clock(torch.device("cpu"), 3, 64)
+    clock = clocks.Clock(torch.device("cpu"), 3, 64)
     found = clock.in_turn(lambda: calls.append("ours"), lambda: calls.append("theirs"))
     assert calls == ["ours", "theirs"] * 4
     assert len(found["ours"]) == 3 and found["ratio, lowest"] <= found["ratio"] <= found["ratio, highest"]
 
 
 def test_the_nearest_size_is_chosen() -> None:
-    net = bench.nearest_size(lambda width: torch.nn.Linear(width, width, bias=False), 10_000, range(10, 300, 10))
+    net = networks.nearest_size(lambda width: torch.nn.Linear(width, width, bias=False), 10_000, range(10, 300, 10))
     assert net.in_features == 100
 
 
@@ -61,8 +58,8 @@ def test_a_table_says_what_was_compared() -> None:
 
 def test_the_part_for_a_gpu_runs_on_a_cpu_at_small_size() -> None:
     pytest.importorskip("diffusers")
-    clock = bench.Clock(torch.device("cpu"), 1, 64)
-    size = bench.Size(64, (1, 1), tokens=3, clips=1, latent=(4, 8))
+    clock = clocks.Clock(torch.device("cpu"), 1, 64)
+    size = networks.Size(64, (1, 1), tokens=3, clips=1, latent=(4, 8))
     formats = {"compiled": (False, False, True, False, "aot_eager")}  # the graph is found, and run without a compiler
     rows = list(bench.large_rows(clock, ["diffusers"], size, formats))
     assert [row["row"].split(", ")[-1] for row in rows] == [
@@ -77,7 +74,7 @@ def test_steps_are_timed_from_asking_to_asking_for_clips() -> None:
             time.sleep(0.02)
             return count
 
-    watch = bench.Stopwatch(Slow(), 1, bench.Clock(torch.device("cpu"), 1, 64))
+    watch = clocks.Stopwatch(Slow(), 1, clocks.Clock(torch.device("cpu"), 1, 64))
     for step in range(4):
         assert watch.clips((0, 6, step), 2) == watch.clips((0, 6, step), 2)  # lesson 6 asks twice a step
         time.sleep(0.04)
@@ -89,8 +86,8 @@ def test_steps_are_timed_from_asking_to_asking_for_clips() -> None:
 def test_kernels_are_counted_by_kind() -> None:
     names = [("cudnn::nchwToNhwcKernel", 1.0), ("sm90_xmma_fprop_implicit_gemm_bf16", 4.0), ("nvjet_tst_128x256", 2.0),
              ("pytorch_flash::flash_fwd_kernel", 0.5), ("vectorized_elementwise_kernel<bf16 silu>", 3.0), ("x", 0.1)]
-    assert bench.kernel_times(names) == {"convolutions": 4.0, "elementwise": 3.0, "matrix products": 2.0, "copies": 1.0,
-                                         "attention": 0.5, "other": 0.1}
+    assert clocks.kernel_times(names) == {"convolutions": 4.0, "elementwise": 3.0, "matrix products": 2.0,
+                                          "copies": 1.0, "attention": 0.5, "other": 0.1}
 
 
 def test_a_width_without_whole_heads_is_refused() -> None:
@@ -104,14 +101,11 @@ def test_growth_is_a_power_law_of_each_size(tmp_path: Path) -> None:
             for size in sizes]
     bench.growth_figure(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
-    clock = bench.Clock(torch.device("cpu"), 1, 64)
+    clock = clocks.Clock(torch.device("cpu"), 1, 64)
     assert min(bench.steps_of_size(clock, frames=2, pixels=32)) > 0
 
 
 def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpu", Path(bench.__file__).parent / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
     gpu.main(["--tiny", "--minutes", "15", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: job["exit code"] for name, job in first.items()} == dict.fromkeys(
@@ -126,8 +120,5 @@ def test_the_minutes_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
 
 
 def test_a_job_at_its_limit_is_stopped(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpu", Path(bench.__file__).parent / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
     found = gpu.do(gpu.Job("fast", "sleep", ["sleep", "60"], 1), 1, tmp_path / "log")
     assert found["exit code"] == -15 and found["seconds"] < 20
