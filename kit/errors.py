@@ -1,5 +1,6 @@
 """Errors that a user can put right, and what a script's main makes of them."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,9 +15,14 @@ def cli(main: Callable[[list[str] | None], object]) -> int:
     """Runs a script's main: a UserError becomes one line and exit code 2."""
     try:
         main(None)
+        sys.stdout.flush()  # here and not at exit, where nobody could catch what it raises
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        print("stopped: what read the output is gone (as `head` is after ten lines)", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit would try to write the rest
+        return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; free some space or choose another --out", file=sys.stderr)

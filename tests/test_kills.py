@@ -141,6 +141,15 @@ def test_an_unwritable_out_is_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2 and said.count("\n") == 1 and "choose another --out" in said, said
 
 
+def test_whoever_reads_the_output_may_go_away() -> None:
+    """`script --dry-run | head`: one line, and the exit code that a shell gives to what dies of a closed pipe."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "01_toy_alignment.py"), "--dry-run"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 141 and said.count("\n") == 1 and "what read the output is gone" in said, said
+
+
 if __name__ == "__main__":
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     killing(list(SCRIPTS), -(-total // len(SCRIPTS)), seed=0)
