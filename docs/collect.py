@@ -99,7 +99,7 @@ SHOWN = {
     "05_prediction": ("futures.png", "futures.gif", "guidance.png", "copy_error.png"),
     "06_interpolation": ("middle_frames.png", "two_passes.gif", "copy_error-1.png"),
     "07_upsampler": ("upsampled.png",),
-    "08_sample_long": ("long.webp", "contact_sheet.png", "drift.png"),
+    "08_sample_long": ("long.webp", "long-large.webp", "contact_sheet.png", "drift.png"),
     "09_text_to_video": ("captions.png", "app_d.png", "app_d_wide.png"),
     "10_personalization": ("instances.png", "videos.png"),
     "11_latent_upsampler": ("upsampled.png",),
@@ -111,6 +111,7 @@ GENERATED = (
     "samples.png",
     "before_after.png",
     "long.webp",
+    "long-large.webp",
     "contact_sheet.png",
     "drift.png",
 )

@@ -2,9 +2,12 @@
 
 import difflib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+from kit.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *(path for folder in ("docs", "results", "exercises")
@@ -42,6 +45,15 @@ def test_the_readme_is_read_to_its_end() -> None:
 def test_figures_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "docs" / "figures").iterdir()]
     assert max(sizes, default=0) <= 300_000 and sum(sizes) <= 5_000_000
+
+
+def test_faults_that_no_flag_makes_have_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(ROOT / "docs" / "symptoms.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    main(["sideways", "jerk"])  # what stands on checkpoints/ as well
+    assert all((tmp_path / "runs" / "symptoms" / f"{name}.png").stat().st_size > 5000 for name in ("sideways", "jerk"))
+    with pytest.raises(UserError, match="give one or more of: sideways jerk scale"):
+        main(["sidewards"])
 
 
 def test_lessons_5_and_6_train_alike() -> None:
