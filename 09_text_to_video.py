@@ -279,10 +279,11 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
         return guided(model, z_tau, tau[::t], [told, known, fps, level], [untold, known, fps, level],
                       config.interpolation_guidance)
 
-    noise = in_common(run.noise((b * t, *first.shape[1:]), "between", *key), t, float(config.calm))
-    noise = image.diffusion.diffuse(blend.flatten(0, 1), noise, torch.full((b * t,), image.diffusion.steps - 1))
-    sampled = image.sample(run, predict, noise, config.interpolation_ddim_steps, config.eta, *key)
-    sampled = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)
+    noise, samples = in_common(run.noise((b * t, *first.shape[1:]), "between", *key), t, float(config.calm)), []
+    for begin in (noise, -noise) if config.calm else (noise,):
+        begin = image.diffusion.diffuse(blend.flatten(0, 1), begin, torch.full((b * t,), image.diffusion.steps - 1))
+        samples.append(image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key))
+    sampled = rearrange(sum(samples) / len(samples), "(b t) c h w -> b t c h w", b=b)
     z[:, 1:-1] = (lesson06.less_the_ends_error(sampled, z) if config.calm else sampled)[:, 1:-1]
     return z
 
@@ -324,7 +325,7 @@ class Config(TrainingConfig):
     ddim_steps: SamplingSteps = 16  # sampling steps of key frames
     guidance: Amount = 3.0  # scale of guidance on the text
     interpolation_ddim_steps: SamplingSteps = 12  # sampling steps of the interpolation
-    calm: bool = True  # interpolation: from the same noise, less the ends' error, as in lesson 6 (not the paper's)
+    calm: bool = True  # interpolation: from one noise and its negative, less the ends' error, as in lesson 6
     interpolation_guidance: Amount = 1.0  # its scale of guidance on the text
     eta: Fraction = 0.0  # 0 deterministic, 1 ancestral: with few steps its fresh noise makes brightness flicker
     reader_steps: Whole = 700  # training steps of the network that reads what is in the samples

@@ -144,6 +144,22 @@ def test_interpolation_makes_4n_minus_3_frames_and_keeps_the_given_ones(keys: in
     assert len(out) == frames and torch.equal(out[::4], z)
 
 
+@pytest.mark.parametrize("calm", [True, False])
+def test_what_is_odd_in_the_noise_cancels_between_frames(calm: bool) -> None:
+    """A network that leaves of the noise another part in each frame: from a noise and its negative nothing is left."""
+
+    class Leaving(torch.nn.Module):
+        def forward(self, z_tau, tau, context, c_S, stage):
+            return z_tau * (torch.arange(lesson06.FRAMES) % 2).repeat(len(tau)).view(-1, 1, 1, 1)
+
+    image, config = smoke_image(), preset_config(lesson06.Config, lesson06.PRESETS, "smoke", calm=calm)
+    first, last = torch.randn(2, 3, *image.shape, generator=torch.Generator().manual_seed(0))
+    z = lesson06.between(Leaving(), image, first, last, 0, conditions(3), config, FakeRun())
+    weight = lesson06.between_ends(z)
+    blend = (1 - weight) * first[:, None] + weight * last[:, None]
+    assert torch.allclose(z, blend, atol=1e-5) == calm
+
+
 class FakeRun:
     """Enough of a Run to sample with."""
 
