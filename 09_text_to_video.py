@@ -6,7 +6,7 @@ larger ones (App. D). Changes from lesson 6: the interpolation model for text-to
 and mask are concatenated to the U-Net's input (4 + 4 + 1 channels), all of its weights are trained, the known frames
 are noised a little in training (to a random level up to 250) and not when sampling, and the target rate stands with
 that level in the temporal cross-attention, two tokens. It begins as the trained key-frame model. (--calm, ours, is
-lesson 6's: the same noise for all frames, less the error of the known ends.)
+lesson 6's: the mean of what comes of one noise and of its negative, less the error of the known ends.)
 
   python 02_image_ldm.py --condition text     first: the toy backbone
   python 09_text_to_video.py                  trains both models (9 minutes on 2 cores without AMX)
@@ -283,7 +283,7 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
     for begin in (noise, -noise) if config.calm else (noise,):
         begin = image.diffusion.diffuse(blend.flatten(0, 1), begin, torch.full((b * t,), image.diffusion.steps - 1))
         samples.append(image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key))
-    sampled = rearrange(sum(samples) / len(samples), "(b t) c h w -> b t c h w", b=b)
+    sampled = rearrange(lesson06.agreed(*samples), "(b t) c h w -> b t c h w", b=b)
     z[:, 1:-1] = (lesson06.less_the_ends_error(sampled, z) if config.calm else sampled)[:, 1:-1]
     return z
 
