@@ -282,9 +282,10 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
     noise, samples = in_common(run.noise((b * t, *first.shape[1:]), "between", *key), t, float(config.calm)), []
     for begin in (noise, -noise) if config.calm else (noise,):
         begin = image.diffusion.diffuse(blend.flatten(0, 1), begin, torch.full((b * t,), image.diffusion.steps - 1))
-        samples.append(image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key))
-    sampled = rearrange(lesson06.agreed(*samples), "(b t) c h w -> b t c h w", b=b)
-    z[:, 1:-1] = (lesson06.less_the_ends_error(sampled, z) if config.calm else sampled)[:, 1:-1]
+        sampled = image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key)
+        sampled = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)
+        samples.append(lesson06.less_the_ends_error(sampled, z) if config.calm else sampled)
+    z[:, 1:-1] = lesson06.agreed(*samples)[:, 1:-1]
     return z
 
 
