@@ -12,9 +12,9 @@ from its negative, averaged where the two agree, and the error that the known en
 frames between them. What a small model gets wrong is then alike in all frames, and half of it cancels: its video boils
 less. An untrained one gives the linear blend of the ends: look where things move, as one of the numbers does.
 
-Expect of the shipped weights, trained longer than this preset: where things move, 6.1 and 3.5 dB nearer to the true
-frames than the blend, which shows ghosts; at the final rate neighbouring frames differ 1.75 times as much as real ones
-do, where true latents decoded have 1.56. After this preset's own few steps it is 1.8 and 1.0 dB, and 3 times.
+Expect of the shipped weights, trained longer than this preset: where things move, 5.6 and 3.4 dB nearer to the true
+frames than the blend, which shows ghosts; at the final rate neighbouring frames differ 1.76 times as much as real ones
+do, where true latents decoded have 1.56. After this preset's own few steps it is 0.9 and -0.6 dB, and 3.2 times.
 
 Reads OUT/02_image_ldm and OUT/05_prediction. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
 middle_frames.png, copy_error-0.png and -1.png (one a pass), two_passes.gif, metrics.png.
