@@ -6,7 +6,7 @@ larger ones (App. D). Changes from lesson 6: the interpolation model for text-to
 and mask are concatenated to the U-Net's input (4 + 4 + 1 channels), all of its weights are trained, the known frames
 are noised a little in training (to a random level up to 250) and not when sampling, and the target rate stands with
 that level in the temporal cross-attention, two tokens. It begins as the trained key-frame model. (--calm, ours, is
-lesson 6's: the mean of what comes of one noise and of its negative, less the error of the known ends.)
+lesson 6's: what comes of one noise and of its negative, averaged, less the error of the known ends.)
 
   python 02_image_ldm.py --condition text     first: the toy backbone
   python 09_text_to_video.py                  trains both models (9 minutes on 2 cores without AMX)
