@@ -17,10 +17,10 @@ lesson 6's: what comes of one noise and of its negative, averaged, less the erro
 
 Expect at the cpu preset, on the shipped autoencoder: clips that show what the caption says (night in all of them, the
 road in 94 %, the colour of the car ahead in 81; on clips of other captions 62, 25 and 31), whose colours change 2.5
-times as much as real ones'; middle frames as sharp as real ones, at 25 and 28 dB, where a linear blend of the ends has
-27 and 37: at the final rate they boil (9.7 times real; 26 without --calm). It is training that lacks: after seven
+times as much as real ones'; middle frames as sharp as real ones, at 26 and 30 dB, where a linear blend of the ends has
+27 and 37: at the final rate they boil (6.7 times real; 26 without --calm). It is training that lacks: after seven
 minutes on a GPU the colour of the car is right in all, colours change 1.3 times as much as real ones', and the final
-rate is 2.3 times as restless (docs/gallery.md has the commands). Four times the frames hang together as the trained
+rate is 1.7 times as restless (docs/gallery.md has the commands). Four times the frames hang together as the trained
 number does.
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone; to sample also OUT/04 (decoder) and OUT/11 (upsampler;
