@@ -9,7 +9,7 @@ frames a second), and a token in the temporal cross-attention says which. N fram
 
 One thing is not the paper's, and off in its presets (--no-calm): frames are sampled from the same noise and once more
 from its negative, averaged where the two agree, and the error that the known ends come back with is taken off the
-frames between them. What a small model gets wrong is then alike in all frames, and half of it cancels: its video boils
+frames between them. What a small model gets wrong is then alike in all frames, and some of it cancels: its video boils
 less. An untrained one gives the linear blend of the ends: look where things move, as one of the numbers does.
 
 Expect of the shipped weights, trained longer than this preset: where things move, 5.6 and 3.4 dB nearer to the true
@@ -142,22 +142,31 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
         return guided(model, z_tau, tau[::FRAMES], [context, c_S, stages], [nothing, c_S, stages],
                       1 if context is None else config.guidance)
 
-    noise = in_common(run.noise((b * FRAMES, *image.shape), "sample", *key), FRAMES, float(config.calm))
-    samples = []
-    for begin in (noise, -noise) if config.calm else (noise,):
-        sampled = image.sample(run, predict, begin, config.ddim_steps, config.eta, *key, power=config.power,
-                               label=label)
-        sampled = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)
-        samples.append(less_the_ends_error(sampled, z) if config.calm else sampled)
-    z[:, 1:-1] = agreed(*samples)[:, 1:-1]
+    def sample(noise: torch.Tensor) -> torch.Tensor:
+        return image.sample(run, predict, noise, config.ddim_steps, config.eta, *key, power=config.power, label=label)
+
+    return fill_in(z, run.noise((b * FRAMES, *image.shape), "sample", *key), config.calm, sample)
+
+
+def fill_in(z: torch.Tensor, noise: torch.Tensor, calm: bool,
+            sample: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Puts what is sampled from noise, both (b t) c h w, between the ends of z, b t c h w."""
+
+    def frames(noise: torch.Tensor) -> torch.Tensor:
+        return rearrange(sample(noise), "(b t) c h w -> b t c h w", t=FRAMES)
+
+    if calm:
+        noise = in_common(noise, FRAMES, 1.0)
+        sampled = agreed(*(less_the_ends_error(frames(begin), z) for begin in (noise, -noise)))
+    else:
+        sampled = frames(noise)
+    z[:, 1:-1] = sampled[:, 1:-1]
     return z
 
 
-def agreed(one: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+def agreed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Of samples from a noise and from its negative: the mean, where they differ as errors do; but the one, where they
     differ by more, as two readings of what moved how, of which a mean would be a ghost. Latents have deviation 1."""
-    if other is None:
-        return one
     odd = (one - other) / 2
     return (one + other) / 2 + odd**3 / (odd**2 + ERRORS**2)
 

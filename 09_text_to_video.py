@@ -44,7 +44,7 @@ from einops import rearrange
 from torch import nn
 
 from common.blocks import sinusoids
-from common.diffusion import guided, in_common
+from common.diffusion import guided
 from common.image_model import ImageModel, conditions
 from common.loop import EMA, Learner, load_part, training_loop
 from common.temporal import TemporalOptions, train_temporal_only
@@ -279,14 +279,11 @@ def between(model: nn.Module, image: ImageModel, first: torch.Tensor, last: torc
         return guided(model, z_tau, tau[::t], [told, known, fps, level], [untold, known, fps, level],
                       config.interpolation_guidance)
 
-    noise, samples = in_common(run.noise((b * t, *first.shape[1:]), "between", *key), t, float(config.calm)), []
-    for begin in (noise, -noise) if config.calm else (noise,):
-        begin = image.diffusion.diffuse(blend.flatten(0, 1), begin, torch.full((b * t,), image.diffusion.steps - 1))
-        sampled = image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key)
-        sampled = rearrange(sampled, "(b t) c h w -> b t c h w", b=b)
-        samples.append(lesson06.less_the_ends_error(sampled, z) if config.calm else sampled)
-    z[:, 1:-1] = lesson06.agreed(*samples)[:, 1:-1]
-    return z
+    def sample(noise: torch.Tensor) -> torch.Tensor:
+        begin = image.diffusion.diffuse(blend.flatten(0, 1), noise, torch.full((b * t,), image.diffusion.steps - 1))
+        return image.sample(run, predict, begin, config.interpolation_ddim_steps, config.eta, *key)
+
+    return lesson06.fill_in(z, run.noise((b * t, *first.shape[1:]), "between", *key), config.calm, sample)
 
 
 # %% Settings
