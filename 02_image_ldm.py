@@ -293,6 +293,7 @@ class Config(TrainingConfig):
     steps: Whole = 2300  # training steps of the U-Net
     batch: Count = 16  # frames per step
     lr: Rate = 1e-3  # learning rate of the U-Net
+    muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: AdamW for all
     warmup: Whole = 50  # steps of linear warm-up
     steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: Fraction = 0.998  # decay of the weight average

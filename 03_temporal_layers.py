@@ -133,6 +133,7 @@ class Config(TrainingConfig):
     steps: Whole = 1100  # training steps
     batch: Count = 2  # clips per step
     lr: Rate = 1e-3  # learning rate
+    muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: AdamW for all
     warmup: Whole = 50  # steps of linear warm-up
     steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: Fraction = 0.995  # decay of the weight average

@@ -318,6 +318,7 @@ class Config(TrainingConfig):
     interpolation_steady: Whole = 300  # so many at the full rate, which then falls with the root of the step; 0: all
     max_level: NoiseLevel = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
     lr: Rate = 1e-3  # learning rate of all
+    muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: AdamW for all
     warmup: Whole = 50  # steps of linear warm-up
     ema_decay: Fraction = 0.995  # decay of the weight average
     ddim_steps: SamplingSteps = 16  # sampling steps of key frames

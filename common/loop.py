@@ -18,13 +18,14 @@ import contextlib
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.muon import Muon, matrices_of
 from kit import parallel
 from kit.errors import UserError
 from kit.files import load_checkpoint, save_checkpoint, write_text
@@ -97,9 +98,11 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
             signal.signal(number, handler)
 
 
-def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, with torch's defaults (the paper names no optimizer; LDM's code uses this)."""
-    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, fused=True)
+def adamw(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with torch's defaults (the paper names no optimizer; LDM's code uses this);
+    but: those that another optimizer has."""
+    others = set(but)
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad and p not in others], lr=lr, fused=True)
 
 
 def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int, steady: int = 0) -> None:
@@ -119,23 +122,33 @@ def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, war
 class Learner:
     """A network in training: how to call it, its optimizer, the average of its weights; and the step.
 
-    settings: has lr, warmup, ema_decay and perhaps steady, see clip_and_warm_up; lr, steady: where others are wanted;
-    shard: see Run.parallel. `parts` is what a checkpoint keeps.
+    settings: has lr, warmup, ema_decay, perhaps steady (see clip_and_warm_up) and muon, the rate of weight matrices by
+    Muon; lr, steady: where others are wanted; shard: see Run.parallel. `parts` is what a checkpoint keeps.
     """
 
     def __init__(self, run: Run, module: nn.Module, settings, lr: float | None = None, steady: int | None = None,
                  shard: bool = False) -> None:
         self.network = run.parallel(module, shard=shard)
-        self.lr, self.warmup = settings.lr if lr is None else lr, settings.warmup
-        self.steady = getattr(settings, "steady", 0) if steady is None else steady
-        self.optimizer, self.ema = adamw(module, self.lr), EMA(module, settings.ema_decay)
-        self.parts = {"model": module, "optimizer": self.optimizer, "ema": self.ema}
+        self.warmup, self.steady = settings.warmup, getattr(settings, "steady", 0) if steady is None else steady
+        lr, rate = settings.lr if lr is None else lr, getattr(settings, "muon", 0.0)
+        if rate and shard:
+            raise UserError("--muon wants whole matrices, which --shard cuts up: give one of them")
+        matrices = matrices_of(module) if rate else []
+        self.optimizers = {"optimizer": (adamw(module, lr, but=matrices), lr)}
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, rate, run.dtype), rate
+        self.ema = EMA(module, settings.ema_decay)
+        self.parts = {"model": module, "ema": self.ema} | {name: each for name, (each, _) in self.optimizers.items()}
 
     def step(self, number: int) -> None:
         """Takes the gradients that the backward passes left, and clears them. number: of this step, from 0."""
-        clip_and_warm_up(self.optimizer, number, self.lr, self.warmup, self.steady)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, lr in self.optimizers.values():
+            clip_and_warm_up(optimizer, number, lr, self.warmup, self.steady)
+        found_inf = sum(optimizer.found_inf for optimizer, _ in self.optimizers.values()).clamp(max=1)
+        for optimizer, _ in self.optimizers.values():  # where one cannot step, the others wait as well
+            optimizer.found_inf = found_inf
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.ema.update()
 
 

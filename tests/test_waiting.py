@@ -148,7 +148,7 @@ def test_gradients_that_are_not_finite_leave_weights_and_moments(tmp_path: Path)
             if step == 2:
                 layer.weight.grad[0, 1] = torch.inf
             learner.step(step)
-            moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
+            moments = [state["exp_avg"] for state in learner.parts["optimizer"].state.values()]
             kept.append(torch.cat([v.detach().flatten() for v in (*layer.parameters(), *moments)]).clone())
     first, second, spoilt, watched = kept
     assert torch.isfinite(spoilt).all() and not torch.equal(first, second)
