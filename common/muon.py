@@ -35,16 +35,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = defaultdict(list)  # matrices of one shape go through all of it together
             for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
+                alike[p.shape].append(p)
             for (rows, *_), members in alike.items():
                 # columns in the order of channels-last memory, which is as good as any other and needs no copy
-                gradient = torch.stack([p.grad.movedim(1, -1).flatten(1) for p in members])  # n r c
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+                gradient = torch.stack([g.movedim(1, -1).flatten(1) for g in gradients])  # n r c
                 gradient = torch.where(good > 0, gradient, 0)
                 state = self.state[members[0]]
                 average = state.setdefault("momentum", torch.zeros_like(gradient))
                 average.lerp_(gradient, (1 - group["momentum"]) * good)
-                step = orthogonal(gradient.lerp_(average, group["momentum"]).to(self.dtype))  # Nesterov's look ahead
+                step = orthogonal(gradient.lerp_(average, group["momentum"]).to(self.dtype)).float()  # Nesterov's
                 step *= group["lr"] * max(1.0, rows / step.shape[2]) ** 0.5
                 for p, move in zip(members, step, strict=True):
                     move = move.view(rows, *p.shape[2:], p.shape[1]).movedim(-1, 1)

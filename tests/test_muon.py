@@ -78,3 +78,13 @@ def test_its_state_can_be_saved_and_loaded() -> None:
     other.parts["muon"].load_state_dict(one.parts["muon"].state_dict())
     kept, loaded = (list(x.parts["muon"].state.values()) for x in (one, other))
     assert len(kept) == 2 and all(torch.equal(a["momentum"], b["momentum"]) for a, b in zip(kept, loaded, strict=True))
+
+
+def test_a_matrix_without_a_gradient_goes_on_by_its_momentum() -> None:
+    told = learner()
+    conv, linear = told.parts["model"].conv.weight, told.parts["model"].linear.weight
+    for used in (conv, linear, conv):  # of two shapes: either may be missing in a step
+        before = linear.detach().clone()
+        used.grad = torch.ones_like(used)
+        told.step(10)
+    assert torch.isfinite(conv).all() and torch.isfinite(linear).all() and not torch.equal(before, linear)
