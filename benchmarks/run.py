@@ -142,8 +142,8 @@ def training_rows(clock: Clock) -> Iterator[dict]:
     preset's. The cpu preset's stand on the weights in checkpoints/, the gpu preset's on untrained ones."""
     ways: list[tuple] = [("cpu", "", {}, 2, 2 + 3 * clock.repeats)]  # preset, name, flags, steps before, and in all
     if clock.device.type == "cuda":
-        ways = [("cpu", ", recorded, 8 workers", FASTEST, 60, 260), ("gpu", ", recorded, 8 workers", FASTEST, 10, 30),
-                ("cpu", "", {}, 20, 60)]
+        ways = [("gpu", ", recorded, 8 workers", FASTEST, 10, 30), ("cpu", ", recorded, 8 workers", FASTEST, 60, 260),
+                ("cpu", "", {}, 10, 40)]
     for preset, way, flags, first, last in ways:
         with tempfile.TemporaryDirectory() as out:
             for row in lesson_rows(clock, preset, flags | {"out": out, "device": clock.device.type}, first, last):

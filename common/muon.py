@@ -45,10 +45,11 @@ class Muon(torch.optim.Optimizer):
                 average = state.setdefault("momentum", torch.zeros_like(gradient))
                 average.lerp_(gradient, (1 - group["momentum"]) * good)
                 step = orthogonal(gradient.lerp_(average, group["momentum"]).to(self.dtype)).float()  # Nesterov's
-                step *= group["lr"] * max(1.0, rows / step.shape[2]) ** 0.5
-                for p, move in zip(members, step, strict=True):
-                    move = move.view(rows, *p.shape[2:], p.shape[1]).movedim(-1, 1)
-                    p.addcmul_(p, good, value=-group["lr"] * group["weight_decay"]).addcmul_(move, good, value=-1)
+                step *= good * (group["lr"] * max(1.0, rows / step.shape[2]) ** 0.5)
+                moves = [move.view(rows, *p.shape[2:], p.shape[1]).movedim(-1, 1)
+                         for p, move in zip(members, step, strict=True)]
+                torch._foreach_mul_(members, 1 - good * (group["lr"] * group["weight_decay"]))
+                torch._foreach_sub_(members, moves)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
