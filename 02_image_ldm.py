@@ -23,6 +23,7 @@ The boxes file is a JSON list of cars, each [x0, y0, x1, y1] in fractions of the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,7 @@ from common.autoencoder import Autoencoder
 from common.blocks import channels_last
 from common.diffusion import guided
 from common.image_model import Conditioner, ImageModel, build_autoencoder, conditions, planned_input
-from common.loop import EMA, Learner, clip_and_warm_up, load_part, training_loop
+from common.loop import EMA, Learner, load_part, trainable, training_loop
 from extra.latents import with_latents
 from extra.plan import dry_run, training_cost
 from kit.data import HELD_OUT, Clips, Source, open_data
@@ -96,18 +97,19 @@ def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer:
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
 
 
+def adam(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.Adam:
+    """What LDM's code trains autoencoders and their critics with, but for the betas, there 0.5 and 0.9."""
+    return torch.optim.Adam(trainable(module, but), lr, betas=(0.9, 0.99), fused=True)
+
+
 def train_autoencoder(run: Run, config: Config, source: Source) -> None:
     """Trains E and D on single frames, then measures the latent scale and keeps it in the checkpoint."""
     torch.manual_seed(config.seed)  # initial weights
     autoencoder = channels_last(build_autoencoder(config)).to(run.device)
     critic = channels_last(PatchDiscriminator(config.ae_channels)).to(run.device)
-    optimizer, critic_optimizer = (
-        torch.optim.Adam(m.parameters(), config.ae_lr, betas=(0.9, 0.99), fused=True) for m in (autoencoder, critic)
-    )
-    ema, extra = EMA(autoencoder, config.ema_decay), {}
-    network, judge = run.parallel(autoencoder), run.parallel(critic)
-    parts = {"autoencoder": autoencoder, "ema": ema, "critic": critic, "optimizer": optimizer,
-             "critic_optimizer": critic_optimizer}
+    learner = Learner(run, autoencoder, config, config.ae_lr, config.ae_steady, config.ae_muon, optimizer=adam)
+    judge, critic_optimizer, extra = run.parallel(critic), adam(critic, config.ae_lr), {}
+    parts = learner.parts | {"critic": critic, "critic_optimizer": critic_optimizer}
     for step in training_loop(run, config.ae_steps, parts, extra, "autoencoder.pt", "autoencoder.csv"):
         for share in run.shares(config.ae_batch, "autoencoder", step):
             x = source.clips((config.seed, 0, step), share.rows, 1, config.final_fps).video[:, 0]
@@ -116,7 +118,7 @@ def train_autoencoder(run: Run, config: Config, source: Source) -> None:
             noise = share.normal((len(x), config.latent_channels, height, width))
             critic_loss, weight = torch.zeros(()), torch.zeros(())
             with run.autocast():
-                reconstruction, regularization = network(x, noise)
+                reconstruction, regularization = learner.network(x, noise)
                 l1 = (reconstruction - x).abs().mean()
                 error = l1 + config.square_weight * F.mse_loss(reconstruction, x)
                 # LDM sums the reconstruction error over the image, which is why its KL weight looks so small: per pixel
@@ -135,15 +137,12 @@ def train_autoencoder(run: Run, config: Config, source: Source) -> None:
                     critic_loss = hinge_loss(judge(x).float(), judge(reconstruction.detach()).float())
                 share.backward(critic_loss)
             run.log(l1=l1, regularization=regularization, gan_weight=weight, critic=critic_loss)
-        clip_and_warm_up(optimizer, step, config.ae_lr, config.warmup, config.ae_steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learner.step(step)
         if step >= config.gan_start:
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
-        ema.update()
         if step + 1 == config.ae_steps:
-            with ema.applied():
+            with learner.ema.applied():
                 extra["latent_scale"] = measure_scale(run, config, autoencoder, source)
 
 
@@ -270,6 +269,7 @@ class Config(TrainingConfig):
     ae_steps: Whole = 3000  # training steps of the autoencoder; 0: keep the one that is in OUT
     ae_batch: Count = 4  # frames per step; in minutes, many steps on few frames give most
     ae_lr: Rate = 3e-3  # learning rate of autoencoder and discriminator
+    ae_muon: Amount = 0.0  # learning rate of the autoencoder's weight matrices by Muon; 0: Adam for all
     ae_steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     square_weight: Amount = 2.0  # weight of the squared error beside the absolute one; finds colours sooner
     kl_weight: Amount = 1e-6  # weight of the KL term beside the error summed over an image, as in LDM's code
@@ -311,7 +311,8 @@ PRESETS: dict[str, dict] = {
     "smoke": dict(height=16, width=32, ae_channels=16, ae_multipliers=(1, 1, 1), ae_steps=6, ae_batch=2, gan_start=4,
                   channels=16, multipliers=(1, 2), attention=(2,), head_channels=16, context_dim=16, fusion_layers=1,
                   steps=4, batch=2, ddim_steps=3, samples=2),
-    "cpu": dict(ae_batch=8, ae_lr=2e-3, ae_steady=400, ae_steps=2400, gan_start=2250, steady=600),
+    "cpu": dict(ae_batch=8, ae_lr=2e-3, ae_muon=0.005, ae_steady=400, ae_steps=1200, gan_start=1050, muon=0.005,
+                steps=1500, steady=600),
     "gpu": dict(height=128, width=256, ae_channels=64, ae_multipliers=(1, 2, 2, 4), ae_depth=2, ae_steps=30_000,
                 ae_batch=32, ae_lr=2e-4, gan_start=20_000, channels=128, multipliers=(1, 2, 2, 4), depth=2,
                 attention=(1, 2, 4), context_dim=256, steps=60_000, batch=128, lr=2e-4, ema_decay=0.9999, warmup=1000,

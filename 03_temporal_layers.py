@@ -144,7 +144,7 @@ class Config(TrainingConfig):
 
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, steps=3, batch=1, ddim_steps=2, samples=2),
-    "cpu": dict(steady=400),
+    "cpu": dict(muon=0.005, steps=700, steady=250),
     "gpu": dict(feed_forward=4.0, steps=40_000, batch=16, lr=1e-4, warmup=1000, ema_decay=0.9999, ddim_steps=100,
                 save_every=2000),
     # Table 6, driving prediction less c_S: 9 clips on each of 40 GPUs. Key frames at fps / 16 = 1.875, as in the stack

@@ -220,7 +220,7 @@ class Config(TrainingConfig):
 PAPER = dict(feed_forward=4.0, known_features=128, lr=1e-4, warmup=1, ema_decay=0.9999, guidance=2.0)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, known_features=16, steps=3, batch=1, ddim_steps=2, samples=1, futures=2, sweep=(1.0, 2.0)),
-    "cpu": dict(steady=400),
+    "cpu": dict(muon=0.005, steps=850, steady=300),
     "gpu": PAPER | dict(steps=40_000, batch=16, warmup=1000, ddim_steps=100, save_every=2000),
     # Table 6, driving prediction: 9 clips on each of 40 GPUs. p_S is not in the paper: ours.
     "paper": PAPER | dict(frames=10, alpha_frames=10, steps=146_000, batch=360, ddim_steps=200),

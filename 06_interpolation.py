@@ -231,7 +231,7 @@ PAPER = dict(feed_forward=4.0, known_features=128, stage_dim=512, lr=1e-4, warmu
              power=1.0, alpha_frames=5, calm=False)
 PRESETS: dict[str, dict] = {
     "smoke": dict(known_features=16, stage_dim=16, steps=3, batch=2, ddim_steps=2, samples=1),
-    "cpu": dict(steady=300),
+    "cpu": dict(muon=0.005, steps=550, steady=220),
     "gpu": PAPER | dict(steps=30_000, batch=32, warmup=1000, alpha_frames=1, save_every=2000),
     "paper": PAPER | dict(steps=42_000, batch=384, guidance=2.0),  # Table 6: 16 clips on each of 24 GPUs
     "biking": PAPER | dict(steps=33_000, batch=120, eta=1.0),

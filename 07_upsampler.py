@@ -268,6 +268,7 @@ class Config(TrainingConfig):
     steps: Whole = 230  # training steps of the temporal layers
     batch: Count = 2  # clips of patches per step
     lr: Rate = 1e-3  # their learning rate
+    muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: AdamW for all
     warmup: Whole = 50  # steps of linear warm-up
     steady: Whole = 0  # so many steps at the full rates, which then fall with the root of the step; 0: all
     ema_decay: Fraction = 0.995  # decay of the weight average
@@ -285,7 +286,7 @@ SMALL = dict(residual=True, shared_noise=0.9, max_level=140, level=10, ddim_step
 PRESETS: dict[str, dict] = {
     "smoke": SMALL | dict(patch=4, frames=3, overlap=1, channels=16, multipliers=(1, 2), attention=(2,), level_dim=16,
                           known_features=16, image_steps=3, image_batch=2, steps=3, batch=1, ddim_steps=2, samples=1),
-    "cpu": SMALL | dict(overlap=2, steady=400),
+    "cpu": SMALL | dict(overlap=2, muon=0.005, image_steps=1200, steps=200, steady=400),
     "gpu": dict(residual=True, overlap=2, shared_noise=0.9, patch=32, channels=96, multipliers=(1, 2, 4, 4), depth=2,
                 attention=(8,), output_norm=True, level_dim=256, known_features=64, image_steps=30_000,
                 image_batch=32, image_lr=1e-4, steps=20_000, batch=8, lr=1e-4, warmup=1000, ema_decay=0.9999,

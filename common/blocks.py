@@ -14,12 +14,28 @@ from einops import rearrange
 from torch import nn
 
 
-class GroupNorm(nn.GroupNorm):
-    """torch's, kept from a crash: on CPUs its backward pass segfaults (2.13, channels-last, small maps) when the input
-    needs no gradient, which is so for the first temporal layer on a frozen network."""
+class LayerNorm(nn.LayerNorm):
+    """torch's, in the precision of its input. On GPUs autocast would have it in float32, and the copies to there and
+    back, of every activation, forward and backward, take longer than the large network's products. (Sums are in float32
+    all the same. CPUs do without the copies by themselves.)"""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or torch.compiler.is_compiling():
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, in the precision of its input, as LayerNorm; and kept from a crash: on CPUs its backward pass segfaults
+    (2.13, channels-last, small maps) when the input needs no gradient, which is so for the first temporal layer on a
+    frozen network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            with torch.autocast("cuda", enabled=False):
+                return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if torch.compiler.is_compiling():
             return super().forward(x)
         if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
             x = x.detach().requires_grad_()
@@ -152,10 +168,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels: int, heads: int, context_dim: int, text_only: bool = False) -> None:
         super().__init__()
         self.text_only = text_only
-        self.norm1, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.norm1, self.norm3 = LayerNorm(channels), LayerNorm(channels)
         self.attn1, self.ff = Attention(channels, heads, context_dim if text_only else 0), FeedForward(channels)
         if context_dim:
-            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_dim)
+            self.norm2, self.attn2 = LayerNorm(channels), Attention(channels, heads, context_dim)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         x = x + self.attn1(self.norm1(x), context if self.text_only else None)

@@ -98,11 +98,15 @@ def training_loop(run: Run, steps: int, parts: dict, extra: dict | None = None, 
             signal.signal(number, handler)
 
 
-def adamw(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, with torch's defaults (the paper names no optimizer; LDM's code uses this);
-    but: those that another optimizer has."""
+def trainable(module: nn.Module, but: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
+    """Its trained parameters; but: those that another optimizer has."""
     others = set(but)
-    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad and p not in others], lr=lr, fused=True)
+    return [p for p in module.parameters() if p.requires_grad and p not in others]
+
+
+def adamw(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW with torch's defaults (the paper names no optimizer; LDM's code uses this for diffusion models)."""
+    return torch.optim.AdamW(trainable(module, but), lr=lr, fused=True)
 
 
 def clip_and_warm_up(optimizer: torch.optim.Optimizer, step: int, lr: float, warmup: int, steady: int = 0) -> None:
@@ -123,18 +127,19 @@ class Learner:
     """A network in training: how to call it, its optimizer, the average of its weights; and the step.
 
     settings: has lr, warmup, ema_decay, perhaps steady (see clip_and_warm_up) and muon, the rate of weight matrices by
-    Muon; lr, steady: where others are wanted; shard: see Run.parallel. `parts` is what a checkpoint keeps.
+    Muon; lr, steady, muon: where others are wanted; shard: see Run.parallel; optimizer: makes the one of what Muon does
+    not move. `parts` is what a checkpoint keeps.
     """
 
     def __init__(self, run: Run, module: nn.Module, settings, lr: float | None = None, steady: int | None = None,
-                 shard: bool = False) -> None:
+                 muon: float | None = None, shard: bool = False, optimizer: Callable = adamw) -> None:
         self.network = run.parallel(module, shard=shard)
         self.warmup, self.steady = settings.warmup, getattr(settings, "steady", 0) if steady is None else steady
-        lr, rate = settings.lr if lr is None else lr, getattr(settings, "muon", 0.0)
+        lr, rate = settings.lr if lr is None else lr, getattr(settings, "muon", 0.0) if muon is None else muon
         if rate and shard:
             raise UserError("--muon wants whole matrices, which --shard cuts up: give one of them")
         matrices = matrices_of(module) if rate else []
-        self.optimizers = {"optimizer": (adamw(module, lr, but=matrices), lr)}
+        self.optimizers = {"optimizer": (optimizer(module, lr, matrices), lr)}
         if matrices:
             self.optimizers["muon"] = Muon(matrices, rate, run.dtype), rate
         self.ema = EMA(module, settings.ema_decay)

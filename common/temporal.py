@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common.blocks import Attention, FeedForward, ResBlock, SpatialTransformer, sinusoids, zero
+from common.blocks import Attention, FeedForward, LayerNorm, ResBlock, SpatialTransformer, sinusoids, zero
 
 # %% What they are told, and what they are
 
@@ -170,12 +170,12 @@ class FrameTransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, options: TemporalOptions) -> None:
         super().__init__()
-        self.norm_in, self.ff_in = nn.LayerNorm(channels), FeedForward(channels, options.ff_mult)
-        self.norm1, self.attn1 = nn.LayerNorm(channels), FrameAttention(channels, heads)
-        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels, options.ff_mult)
+        self.norm_in, self.ff_in = LayerNorm(channels), FeedForward(channels, options.ff_mult)
+        self.norm1, self.attn1 = LayerNorm(channels), FrameAttention(channels, heads)
+        self.norm3, self.ff = LayerNorm(channels), FeedForward(channels, options.ff_mult)
         layers = [self.ff_in.net[2], self.attn1.to_out[0], self.ff.net[2]]
         if options.context_dim:
-            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, options.context_dim)
+            self.norm2, self.attn2 = LayerNorm(channels), Attention(channels, heads, options.context_dim)
             layers.append(self.attn2.to_out[0])
         for layer in layers:  # z' = z at the start
             zero(layer)
