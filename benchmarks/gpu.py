@@ -39,7 +39,8 @@ PARTS = ("correct", "fast", "video", "compiled", "tables")
 
 # What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 makes 30 of these steps a
 # second, lesson 3 12, lesson 5 12 and lesson 6 15. Compiled, lesson 6 made 27, but only after a hundred seconds.
-LONG, LAST = "--batch 64 --steady 1000 --ema-decay 0.999 --reuse 4", "--lr 2e-4 --steady 0 --warmup 1 --ema-decay 0.995"
+LONG = "--batch 64 --steady 1000 --ema-decay 0.999 --reuse 4"
+LAST = "--lr 2e-4 --muon 1e-3 --steady 0 --warmup 1 --ema-decay 0.995"
 WEIGHTS = {
     "02": ("02_image_ldm", 0.15, "--ae-steps 0 --batch 256 --steady 600 --ema-decay 0.999 --reuse 6"),
     "03": ("03_temporal_layers", 0.11, LONG),

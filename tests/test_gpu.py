@@ -18,7 +18,7 @@ from torch import nn
 
 from common.autoencoder import Autoencoder
 from common.blocks import channels_last
-from common.temporal import TemporalOptions
+from common.temporal import TemporalOptions, is_temporal
 from common.unet import UNet
 from kit.flags import preset_config
 from kit.parallel import hasten
@@ -107,6 +107,29 @@ def test_a_hastened_network_is_the_eager_one(compiled: bool, recorded: bool) -> 
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         eager = forward(net, device).float().cpu()
     assert float((moved[0] - eager).norm() / eager.norm()) < tolerance
+
+
+def test_a_recorded_image_upsampler_has_the_gradients_of_the_eager_one_step_after_step() -> None:
+    """Lesson 7 failed on a GPU, recorded, after hundreds of steps on images: its gradients were not finite."""
+    lesson07 = import_module("07_upsampler")
+    config = preset_config(lesson07.Config, lesson07.PRESETS, "cpu")
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    eager, recorded = (randomise(lesson07.Upsampler(config)).to(device) for _ in range(2))
+    recorded.load_state_dict(eager.state_dict())
+    for net in (eager, recorded):
+        for name, p in net.named_parameters():
+            p.requires_grad_(not is_temporal(name))
+    hasten(recorded.unet, False, True)
+    draw = torch.Generator(device).manual_seed(5)
+    for step in range(400):
+        small = torch.randn(6, 3, 16, 16, generator=draw, device=device)
+        large = torch.randn(6, 3, 64, 64, generator=draw, device=device)
+        tau, level = (torch.randint(0, most, (6,), generator=draw, device=device) for most in (1000, 141))
+        found = [output_and_gradients(net, lambda net, d, x=large, s=small, t=tau, n=level: net(x, t, s, n), device,
+                                      torch.bfloat16) for net in (eager, recorded)]
+        for what, a, b in zip(("output", "gradients"), *found, strict=True):
+            assert float((a - b).norm() / a.norm()) < 5e-3, f"step {step}: {what}"
 
 
 # %% Lessons, as they are started
