@@ -2,8 +2,9 @@
 
 A plain step follows the few large singular values of a gradient, and forgets the many small ones. Muon sets them all to
 about 1, so that every direction in which batches agree is learnt at once. Convolutions are matrices as well, with a row
-for every output channel. Biases, gains, embeddings and what is narrower than 16 (the last convolution) stay AdamW's. In minutes on two
-cores a half to a fifth of the steps do (docs/tried.md), so the cpu presets have it; those of the paper do not.
+for every output channel. Biases, gains, embeddings and what is narrower than 16 (the last convolution) stay AdamW's. In
+minutes on two cores a half to a fifth of the steps do (docs/tried.md), so the cpu presets have it; those of the paper
+do not.
 """
 
 from collections import defaultdict
