@@ -25,7 +25,7 @@ decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated
@@ -38,7 +38,7 @@ from torch import nn
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import channels_last, group_norm, zero
 from common.image_model import ImageModel
-from common.loop import EMA, clip_and_warm_up, load_part, training_loop
+from common.loop import Learner, load_part, trainable, training_loop
 from common.portions import faded, in_portions
 from common.temporal import is_temporal
 from extra.conv3d import Conv3d
@@ -183,23 +183,23 @@ class FrameDiscriminator(lesson02.PatchDiscriminator):
 # %% Training
 
 
+def adam(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.Adam:
+    """With the betas of LDM's code."""
+    return torch.optim.Adam(trainable(module, but), lr, betas=(0.5, 0.9), fused=True)
+
+
 def train(run: Run, config: Config, source: Source, image: ImageModel, features: nn.Module) -> Autoencoder:
     torch.manual_seed(config.seed)
     autoencoder = video_autoencoder(image, config.kernel)
     train_decoder(autoencoder, config.freeze_spatial)
     critics = nn.ModuleList([VideoDiscriminator()] + ([FrameDiscriminator(32)] if config.image_discriminator else []))
     critics = channels_last(critics).to(run.device)
-    optimizer, critic_optimizer = (
-        torch.optim.Adam([p for p in m.parameters() if p.requires_grad], config.lr, betas=(0.5, 0.9), fused=True)
-        for m in (autoencoder, critics)
-    )
-    parts = {"autoencoder": autoencoder, "critics": critics, "optimizer": optimizer,
-             "critic_optimizer": critic_optimizer}
-    ema = parts["ema"] = EMA(autoencoder, config.ema_decay)
+    learner = Learner(run, autoencoder, config, optimizer=adam, method="decode")
+    critic_optimizer, judges = adam(critics, config.lr), [run.parallel(critic) for critic in critics]
+    parts = learner.parts | {"critics": critics, "critic_optimizer": critic_optimizer}
     # the adaptive weight is taken at the decoder's last layer, or the last one that is trained (up[0] runs after up[1])
     last = autoencoder.decoder.up[0].block[-1].time_stack.out_layers[-1] if config.freeze_spatial else (
         autoencoder.decoder.conv_out)
-    decode, judges = run.parallel(autoencoder, "decode"), [run.parallel(critic) for critic in critics]
     for step in training_loop(run, config.steps, parts, {"lineage": image.lineage}):
         for share in run.shares(config.batch, step):
             clips = source.clips((config.seed, 5, step), share.rows, config.frames, config.final_fps)
@@ -212,7 +212,7 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
                 if config.latent_noise:
                     deviation = config.latent_noise * share.uniform().to(z).repeat_interleave(config.frames)
                     z = z + deviation[:, None, None, None] * share.normal(z.shape)
-                decoded = decode(z)  # (b t) c h w
+                decoded = learner.network(z)  # (b t) c h w
                 l1 = (decoded - frames).abs().mean()
                 perceptual = perceptual_distance(features, decoded, frames)
                 clip = rearrange(decoded, "(b t) c h w -> b t c h w", t=config.frames)
@@ -232,14 +232,11 @@ def train(run: Run, config: Config, source: Source, image: ImageModel, features:
                                       for judge in judges)
                 share.backward(critic_loss)
             run.log(l1=l1, perceptual=perceptual, difference=steps_in_time, gan_weight=weight, critic=critic_loss)
-        clip_and_warm_up(optimizer, step, config.lr, config.warmup, config.steady)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learner.step(step)
         if step >= config.gan_start:
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    ema.use()
+    learner.ema.use()
     return autoencoder.eval()
 
 
@@ -255,6 +252,7 @@ class Config(TrainingConfig):
     steps: Whole = 450  # training steps
     batch: Count = 2  # clips per step
     lr: Rate = 6e-4  # learning rate of decoder and discriminators
+    muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: Adam for all
     warmup: Whole = 20  # steps of linear warm-up
     steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     latent_noise: Amount = 0.0  # latents get noise of a deviation from 0 to this: what lessons 5 and 6 get wrong
@@ -275,7 +273,7 @@ PAPER = dict(batch=32, lr=4e-5, warmup=1, gan_start=1000, gan_weight=0.6, percep
 CALM = dict(latent_noise=0.15, difference_weight=2.0)  # not in the paper: see the first lines
 PRESETS: dict[str, dict] = {
     "smoke": CALM | dict(frames=3, steps=3, batch=1, feature_steps=2, gan_start=1, samples=1),
-    "cpu": CALM | dict(steady=200),
+    "cpu": CALM | dict(muon=0.001, steady=200),
     "gpu": PAPER | CALM | dict(steps=20_000, batch=8, lr=1e-4, gan_start=5000, save_every=2000),
     # Table 8: 4 clips on each of 8 GPUs. Start and weight of the discriminator are not given: LDM's habits.
     "paper": PAPER | dict(steps=41_000),

@@ -68,7 +68,7 @@ text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
 weights_02_image_ldm = --muon 0 --ae-muon 0 --ae-steps 6800 --ae-batch 32 --ae-steady 500 --gan-start 6400 \
   --steps 3300 --batch 256 --steady 600 --ema-decay 0.999 --reuse 6
 weights_03_temporal_layers = --muon 0 --steps 1000 --batch 64 --steady 500 --ema-decay 0.999 --reuse 4
-weights_04_decoder_finetune = --steps 2500 --batch 8 --steady 300 --gan-start 1900 --feature-steps 800
+weights_04_decoder_finetune = --muon 0 --steps 2500 --batch 8 --steady 300 --gan-start 1900 --feature-steps 800
 weights_05_prediction = --muon 0 --steps 4700 --batch 64 --steady 1000 --ema-decay 0.999 --reuse 4
 weights_last_05_prediction = --steps 5300 --lr 2e-4 --steady 0 --warmup 1 --ema-decay 0.995
 weights_06_interpolation = --muon 0 --steps 5400 --batch 64 --steady 1000 --ema-decay 0.999 --reuse 4

@@ -127,13 +127,14 @@ class Learner:
     """A network in training: how to call it, its optimizer, the average of its weights; and the step.
 
     settings: has lr, warmup, ema_decay, perhaps steady (see clip_and_warm_up) and muon, the rate of weight matrices by
-    Muon; lr, steady, muon: where others are wanted; shard: see Run.parallel; optimizer: makes the one of what Muon does
-    not move. `parts` is what a checkpoint keeps.
+    Muon; lr, steady, muon: where others are wanted; shard, method: see Run.parallel; optimizer: makes the one of what
+    Muon does not move. `parts` is what a checkpoint keeps.
     """
 
     def __init__(self, run: Run, module: nn.Module, settings, lr: float | None = None, steady: int | None = None,
-                 muon: float | None = None, shard: bool = False, optimizer: Callable = adamw) -> None:
-        self.network = run.parallel(module, shard=shard)
+                 muon: float | None = None, shard: bool = False, optimizer: Callable = adamw,
+                 method: str = "__call__") -> None:
+        self.network = run.parallel(module, method, shard)
         self.warmup, self.steady = settings.warmup, getattr(settings, "steady", 0) if steady is None else steady
         lr, rate = settings.lr if lr is None else lr, getattr(settings, "muon", 0.0) if muon is None else muon
         if rate and shard:

@@ -78,7 +78,7 @@ TABLES_RECIPE = {
     "02_image_ldm": FEW | dict(ae_steps=2500, ae_muon=0.0, gan_start=2200, steps=1000, steady=200, batch=32,
                                channels=64, multipliers=(1, 2), attention=(2,)),
     "03_temporal_layers": FEW | dict(feed_forward=4.0, steps=350, steady=130),
-    "04_decoder_finetune": dict(steps=400, gan_start=250, batch=4),
+    "04_decoder_finetune": dict(muon=0.0, steps=400, gan_start=250, batch=4),
     "05_prediction": FEW | dict(feed_forward=4.0, steps=500, steady=130),
     "06_interpolation": FEW | dict(feed_forward=4.0, steps=400, steady=100),
     "07_upsampler": dict(muon=0.005, multipliers=(1, 2, 4, 8), patch=16, image_steps=800, steps=200, ddim_steps=6),

@@ -152,7 +152,7 @@ def assert_identical(one: object, two: object, where: str = "") -> None:
 
 @pytest.mark.parametrize(("name", "file", "flag", "others"),
                          [(name, "checkpoint.pt", "--steps", ()) for name in TRAINED]
-                         + [("02_image_ldm", "autoencoder.pt", "--ae-steps", ("--steps", "0")),
+                         + [("02_image_ldm", "autoencoder.pt", "--ae-steps", ("--steps", "0", "--ae-muon", "0.01")),
                             ("07_upsampler", "image.pt", "--image-steps", ("--steps", "0")),
                             ("03_temporal_layers", "checkpoint.pt", "--steps", ("--muon", "0.01"))])  # fmt: skip
 def test_resume_gives_the_same_checkpoint(course: Path, name: str, file: str, flag: str, others: tuple,
