@@ -68,8 +68,8 @@ def scale(run: Run, steps: int = 300) -> None:
     """Samples of a U-Net trained on latents of deviation 1, on latents as the encoder gives them (3), and a tenth."""
     rows = []
     for factor in (None, 1.0, 0.03):
-        config = preset_config(lesson02.Config, lesson02.PRESETS, "cpu", muon=0.0, steps=steps, out=str(run.folder / str(factor)),
-                               overwrite=True)
+        config = preset_config(lesson02.Config, lesson02.PRESETS, "cpu", muon=0.0, steps=steps,
+                               out=str(run.folder / str(factor)), overwrite=True)
         training = Run(lesson02.NAME, config)
         image = lesson02.ImageModel(config, run.device)
         image.autocast = run.autocast
