@@ -14,7 +14,7 @@ less. An untrained one gives the linear blend of the ends: look where things mov
 
 Expect of the shipped weights, trained longer than this preset: where things move, 5.6 and 3.4 dB nearer to the true
 frames than the blend, which shows ghosts; at the final rate neighbouring frames differ 1.76 times as much as real ones
-do, where true latents decoded have 1.56. After this preset's own few steps it is 0.9 and -0.6 dB, and 3.2 times.
+do, where true latents decoded have 1.56. After this preset's own few steps it is 0.9 and 0.4 dB, and 2.8 times.
 
 Reads OUT/02_image_ldm and OUT/05_prediction. Writes OUT/06_interpolation/: checkpoint.pt (temporal weights),
 middle_frames.png, copy_error-0.png and -1.png (one a pass), two_passes.gif, metrics.png.

@@ -32,7 +32,7 @@ class Small(nn.Module):
 
 
 def learner(**settings) -> Learner:
-    run = SimpleNamespace(parallel=lambda module, shard: module, dtype=torch.float32)
+    run = SimpleNamespace(parallel=lambda module, method, shard: module, dtype=torch.float32)
     return Learner(run, Small(), SimpleNamespace(**dict(lr=0.1, muon=0.02, warmup=1, ema_decay=0.9) | settings))
 
 
