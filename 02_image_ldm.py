@@ -98,9 +98,10 @@ def adaptive_weight(reconstruction: torch.Tensor, gan: torch.Tensor, last_layer:
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def adam(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.Adam:
-    """What LDM's code trains autoencoders and their critics with, but for the betas, there 0.5 and 0.9."""
-    return torch.optim.Adam(trainable(module, but), lr, betas=(0.9, 0.99), fused=True)
+def adam(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = (),
+         betas: tuple[float, float] = (0.9, 0.99)) -> torch.optim.Adam:
+    """What LDM's code trains autoencoders and critics with, there with betas of 0.5 and 0.9 (lesson 4 has these)."""
+    return torch.optim.Adam(trainable(module, but), lr, betas, fused=True)
 
 
 def train_autoencoder(run: Run, config: Config, source: Source) -> None:

@@ -8,7 +8,7 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
 Two things are ours. The latents that the decoder will be given are generated, and jitter: in training they get a little
 noise, which a decoder that sees several frames can average away. And frame-to-frame differences are weighed as such.
 
-  python 04_decoder_finetune.py                         7 minutes on 2 slow cores
+  python 04_decoder_finetune.py                         7.5 minutes on 2 slow cores
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here
@@ -25,8 +25,9 @@ decoder), features.pt, decoders.png, time_slices.png, decoders.gif, metrics.png.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Annotated
 
@@ -38,7 +39,7 @@ from torch import nn
 from common.autoencoder import Autoencoder, ResnetBlock
 from common.blocks import channels_last, group_norm, zero
 from common.image_model import ImageModel
-from common.loop import Learner, load_part, trainable, training_loop
+from common.loop import Learner, load_part, training_loop
 from common.portions import faded, in_portions
 from common.temporal import is_temporal
 from extra.conv3d import Conv3d
@@ -183,17 +184,13 @@ class FrameDiscriminator(lesson02.PatchDiscriminator):
 # %% Training
 
 
-def adam(module: nn.Module, lr: float, but: Sequence[nn.Parameter] = ()) -> torch.optim.Adam:
-    """With the betas of LDM's code."""
-    return torch.optim.Adam(trainable(module, but), lr, betas=(0.5, 0.9), fused=True)
-
-
 def train(run: Run, config: Config, source: Source, image: ImageModel, features: nn.Module) -> Autoencoder:
     torch.manual_seed(config.seed)
     autoencoder = video_autoencoder(image, config.kernel)
     train_decoder(autoencoder, config.freeze_spatial)
     critics = nn.ModuleList([VideoDiscriminator()] + ([FrameDiscriminator(32)] if config.image_discriminator else []))
     critics = channels_last(critics).to(run.device)
+    adam = partial(lesson02.adam, betas=(0.5, 0.9))
     learner = Learner(run, autoencoder, config, optimizer=adam, method="decode")
     critic_optimizer, judges = adam(critics, config.lr), [run.parallel(critic) for critic in critics]
     parts = learner.parts | {"critics": critics, "critic_optimizer": critic_optimizer}

@@ -37,8 +37,9 @@ from kit.files import CHECKPOINTS, write_text  # noqa: E402
 PARTS = ("correct", "fast", "video", "compiled", "tables")
 
 
-# What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 makes 30 of these steps a
-# second, lesson 3 12, lesson 5 12 and lesson 6 15. Compiled, lesson 6 made 27, but only after a hundred seconds.
+# What is trained: its lesson, its share of the time, its flags. On one NVIDIA H200 lesson 2 made 30 of these steps a
+# second with AdamW, lesson 3 12, lesson 5 12 and lesson 6 15. Compiled, lesson 6 made 27, but only after a hundred
+# seconds.
 LONG = "--batch 64 --steady 1000 --ema-decay 0.999 --reuse 4"
 LAST = "--lr 2e-4 --muon 1e-3 --steady 0 --warmup 1 --ema-decay 0.995"
 WEIGHTS = {

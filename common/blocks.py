@@ -15,9 +15,8 @@ from torch import nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, in the precision of its input. On GPUs autocast would have it in float32, and the copies to there and
-    back, of every activation, forward and backward, take longer than the large network's products. (Sums are in float32
-    all the same. CPUs do without the copies by themselves.)"""
+    """torch's, in the precision of its input, as CPUs do it by themselves. On GPUs autocast would have it in float32,
+    with every activation copied there and back, forward and backward. (Sums are in float32 all the same.)"""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
