@@ -18,10 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common.image_model import ImageModel  # noqa: E402
 from common.loop import EMA  # noqa: E402
-from common.temporal import (  # noqa: E402
-    TemporalOptions,  # noqa: E402
-    is_temporal,
-)
+from common.temporal import TemporalOptions, is_temporal  # noqa: E402
 from kit.data import open_data  # noqa: E402
 from kit.errors import UserError, cli  # noqa: E402
 from kit.flags import preset_config  # noqa: E402

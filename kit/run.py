@@ -95,6 +95,7 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: docs/cluster.md
         self.late = int(self.device.type == "cuda")  # so many steps after its end a step's numbers are read
         self.rank, self.processes = parallel.join(self.device)
         self.told: set[Path] = set()  # shipped weights that were named already
