@@ -15,13 +15,12 @@ lesson 6's: what comes of one noise and of its negative, averaged, less the erro
   python 09_text_to_video.py --inspect v1-5.safetensors              what is in a checkpoint, name by name
   python 09_text_to_video.py --backbone v1-5.safetensors --text-encoder FOLDER --data FOLDER --preset paper
 
-Expect at the cpu preset, on the shipped autoencoder: clips that show what the caption says (night in all of them, the
-road in 94 %, the colour of the car ahead in 81; on clips of other captions 62, 25 and 31), whose colours change 2.5
-times as much as real ones'; middle frames as sharp as real ones, at 26 and 30 dB, where a linear blend of the ends has
-27 and 37: at the final rate they boil (6.7 times real; 26 without --calm). It is training that lacks: after seven
-minutes on a GPU the colour of the car is right in all, colours change 1.3 times as much as real ones', and the final
-rate is 1.7 times as restless (docs/gallery.md has the commands). Four times the frames hang together as the trained
-number does.
+Expect at the cpu preset, on the shipped autoencoder: clips that show what the caption says (night and the road in 94 %,
+the colour of the car ahead in 91; on clips of other captions 56, 28 and 22), whose colours change 2.1 times as much as
+real ones'; middle frames as sharp as real ones, at 26 and 31 dB, where a linear blend of the ends has 27 and 37: at the
+final rate they boil (5 times real). It is training that lacks: after seven minutes on a GPU the colour of the car is
+right in all, colours change 1.3 times as much as real ones', and the final rate is 1.7 times as restless
+(docs/gallery.md has the commands). Four times the frames hang together as the trained number does.
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone; to sample also OUT/04 (decoder) and OUT/11 (upsampler;
 else OUT/07, the one of pixels) where they are there. Writes OUT/09_text_to_video/: checkpoint.pt (temporal weights),
@@ -227,8 +226,7 @@ def train_interpolation(run: Run, config: Config, source: Source, image: ImageMo
     source = with_latents(run, source, image)
     model = Interpolator(config, image)
     model.unet.load_state_dict(key_frames, strict=False)
-    learner = Learner(run, model, config, steady=config.interpolation_steady, shard=config.shard)
-    diffusion = image.diffusion
+    learner, diffusion = Learner(run, model, config, shard=config.shard), image.diffusion
     for step in training_loop(run, config.interpolation_steps, learner.parts, {"lineage": image.lineage},
                               "interpolation.pt", "interpolation.csv"):
         for share in run.shares(config.interpolation_batch, "interpolation", step):
@@ -315,11 +313,11 @@ class Config(TrainingConfig):
     batch: Count = 2  # clips per step
     interpolation_steps: Whole = 1200  # training steps of the interpolation model
     interpolation_batch: Count = 2  # clips per step, half of each rate
-    interpolation_steady: Whole = 300  # so many at the full rate, which then falls with the root of the step; 0: all
     max_level: NoiseLevel = 250  # noise on the known frames in training: uniform in 0 to this; none when sampling
     lr: Rate = 1e-3  # learning rate of all
     muon: Amount = 0.0  # learning rate of weight matrices by Muon (common/muon.py); 0: AdamW for all
     warmup: Whole = 50  # steps of linear warm-up
+    steady: Whole = 0  # so many steps at the full rate, which then falls with the root of the step; 0: all
     ema_decay: Fraction = 0.995  # decay of the weight average
     ddim_steps: SamplingSteps = 16  # sampling steps of key frames
     guidance: Amount = 3.0  # scale of guidance on the text
@@ -331,12 +329,11 @@ class Config(TrainingConfig):
     samples: Count = 32  # held-out captions in the numbers
 
 
-PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999, eta=1.0, interpolation_steady=0,
-             calm=False)
+PAPER = dict(feed_forward=4.0, lr=1e-4, warmup=1, ema_decay=0.9999, eta=1.0, calm=False)
 PRESETS: dict[str, dict] = {
     "smoke": dict(frames=4, key_frames=3, steps=3, batch=1, interpolation_steps=3, interpolation_batch=2,
                   spatial_batch=2, ddim_steps=2, interpolation_ddim_steps=2, reader_steps=2, samples=2),
-    "cpu": {},
+    "cpu": dict(muon=0.005, steps=500, interpolation_steps=500, interpolation_batch=4, steady=200),
     "gpu": PAPER | dict(steps=40_000, batch=16, interpolation_steps=30_000, interpolation_batch=32, warmup=1000,
                         ddim_steps=50, interpolation_ddim_steps=50, reader_steps=5000, save_every=2000),
     # Table 6, Stable Diffusion 2.1: 3 clips on each of 256 GPUs, and 8 on each of 128 for the interpolation (eps, as

@@ -12,10 +12,10 @@ as they know neither. The subject here is a striped purple van, which no lesson 
   python 10_personalization.py --backbone v1-4.safetensors --text-encoder FOLDER --data FOLDER --preset paper \\
       --instances FOLDER --class-word frog --places "playing a guitar in a band" "in the snow"
 
-Expect at the cpu preset, on the shipped autoencoder: the van in 98 % of the frames of the personalised videos, in none
-of the untuned model asked for the same, and in 22 % of those of the tuned one asked without the token. Colour changes
-0.79 times as much as in lesson 9's videos, motion that cannot be matched is 0.84 times as much (0.91 in real clips, as
-a van hides more than a car).
+Expect at the cpu preset, on the shipped autoencoder: the van in all frames of the personalised videos, in none of the
+untuned model asked for the same, and in 3 % of those of the tuned one asked without the token. Colour changes 0.73
+times as much as in lesson 9's videos, motion that cannot be matched is 0.69 times as much (0.91 in real clips, as a van
+hides more than a car).
 
 Reads OUT/02_image_ldm-text, or the file given with --backbone, and OUT/09_text_to_video. Writes
 OUT/10_personalization/: checkpoint.pt (tuned spatial weights and text encoder), reader.pt (tells the van from other

@@ -80,9 +80,9 @@ TABLES_RECIPE = {
     "03_temporal_layers": FEW | dict(feed_forward=4.0, steps=350, steady=130),
     "04_decoder_finetune": dict(muon=0.0, steps=400, gan_start=250, batch=4),
     "05_prediction": FEW | dict(feed_forward=4.0, steps=500, steady=130),
-    "06_interpolation": FEW | dict(feed_forward=4.0, steps=400, steady=100),
+    "06_interpolation": FEW | dict(feed_forward=4.0, steps=400, steady=100, power=2.0),
     "07_upsampler": dict(muon=0.005, multipliers=(1, 2, 4, 8), patch=16, image_steps=800, steps=200, ddim_steps=6),
-    "09_text_to_video": FEW | dict(feed_forward=4.0, steps=350),
+    "09_text_to_video": FEW | dict(feed_forward=4.0, steps=350, steady=0),
 }
 
 
