@@ -118,7 +118,8 @@ class FrameResBlock(ResBlock):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, clip: Clip) -> torch.Tensor:
         frames, height = clip.frames, x.shape[-2]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=frames)
+        # in two moves: one would leave a clip that comes alone with strides in which torch sees no channels-last memory
+        x = rearrange(rearrange(x, "n c h w -> n c (h w)"), "(b t) c s -> b c t s", t=frames)
         emb = rearrange(self.emb_layers(emb), "(b t) c -> b c t 1", t=frames)
         skip = x
         if isinstance(self.skip_connection, nn.Conv3d):

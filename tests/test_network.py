@@ -9,7 +9,16 @@ from common.autoencoder import Autoencoder
 from common.blocks import channels_last, group_norm
 from common.image_model import ImageModel
 from common.loop import adamw, clip_and_warm_up
-from common.temporal import AlphaMerge, FrameAttention, FrameConv, TemporalOptions, is_temporal, train_temporal_only
+from common.temporal import (
+    AlphaMerge,
+    Clip,
+    FrameAttention,
+    FrameConv,
+    FrameResBlock,
+    TemporalOptions,
+    is_temporal,
+    train_temporal_only,
+)
 from common.unet import UNet
 from extra.conv3d import AMX, Conv3d, Conv3dWithGradientBy2D
 from extra.plan import count
@@ -131,6 +140,18 @@ def test_the_frame_convolution_is_the_3d_convolution() -> None:
     conv = FrameConv(4, 6)
     x = torch.randn(2, 4, 5, 12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(conv(x), torch.nn.Conv3d.forward(conv, x[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_a_channels_last_clip_stays_so_in_the_temporal_block_also_where_it_comes_alone(clips: int) -> None:
+    """Strides that torch does not take for channels-last cost a copy in each layer; is_contiguous does not tell them."""
+    block, seen = FrameResBlock(16, 8, 0), []
+    block.in_layers[0].register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    x = torch.randn(clips * 4, 16, 6, 10).contiguous(memory_format=torch.channels_last)
+    block(x, torch.zeros(len(x), 8), Clip(4))
+    given, normalised = seen
+    assert given.data_ptr() == x.data_ptr()
+    assert given.stride() == normalised.stride() == (4 * 60 * 16, 1, 60 * 16, 16)
 
 
 def test_frame_attention_is_attention_at_every_position() -> None:
