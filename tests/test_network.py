@@ -144,7 +144,7 @@ def test_the_frame_convolution_is_the_3d_convolution() -> None:
 
 @pytest.mark.parametrize("clips", [1, 2])
 def test_a_channels_last_clip_stays_so_in_the_temporal_block_also_where_it_comes_alone(clips: int) -> None:
-    """Strides that torch does not take for channels-last cost a copy in each layer; is_contiguous does not tell them."""
+    """Strides that torch does not take for channels-last cost a copy in each layer; is_contiguous does not tell."""
     block, seen = FrameResBlock(16, 8, 0), []
     block.in_layers[0].register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
     x = torch.randn(clips * 4, 16, 6, 10).contiguous(memory_format=torch.channels_last)
