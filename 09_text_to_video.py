@@ -9,7 +9,7 @@ that level in the temporal cross-attention, two tokens. It begins as the trained
 lesson 6's: what comes of one noise and of its negative, averaged, less the error of the known ends.)
 
   python 02_image_ldm.py --condition text     first: the toy backbone
-  python 09_text_to_video.py                  trains both models (9 minutes on 2 cores without AMX)
+  python 09_text_to_video.py                  trains both models (20 minutes of a slow core)
   python 09_text_to_video.py --prompt "a red car ahead on a left curve at night in the town"
   python 09_text_to_video.py --prompt "..." --key-frames 16 --reach 8 --wider 2     App. D: longer and wider
   python 09_text_to_video.py --inspect v1-5.safetensors              what is in a checkpoint, name by name

@@ -9,11 +9,11 @@ text twice and never at the whole picture, too large there. With --backbone that
 temporal layers are trained. The decoder stays an image decoder, as in the paper.
 
 Three things are lesson 7's, not the paper's, and off in the paper's preset: the same noise in all frames (--calm);
-lower levels of it, for smaller frames; and what is diffused is what the latents of the enlarged small frames lack, a
-sixth of the deviation of the latents themselves (--residual), so that a small network's errors are a sixth as large.
+lower levels of it for smaller frames (10, not 30); and what is diffused is what the latents of the enlarged small
+frames lack, a sixth of the deviation of the latents themselves (--residual): a small network's errors shrink as much.
 
   python 02_image_ldm.py --condition text            first: its autoencoder and its text tokens
-  python 11_latent_upsampler.py                      6.5 minutes on 2 cores
+  python 11_latent_upsampler.py                      ten minutes of a slow core with AMX
   python 11_latent_upsampler.py --preset paper --dry-run     parameters of Table 6, memory, FLOPs
   python 11_latent_upsampler.py --backbone x4.safetensors --text-encoder FOLDER --data FOLDER --preset paper
 

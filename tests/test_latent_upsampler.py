@@ -160,6 +160,28 @@ def test_upsample_takes_a_stream_and_the_weights_of_the_out_it_is_in(course: Pat
         assert shadow.keys() == loaded.keys() and all(torch.equal(shadow[n], loaded[n]) for n in shadow)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_perfect_network_gives_the_latents_of_the_large_frames(course: Path, residual: bool,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset_config(lesson09.Config, lesson09.PRESETS, "smoke", out=str(course))
+    run = Run("09_text_to_video-test", config)
+    unet, image, config = lesson11.load(run)
+    config.residual = residual
+    diffusion, z = lesson11.lesson07.make_diffusion(config, run.device), noise(3, image.shape[0], 16, 32)
+
+    def perfect(unet: UNet, z_tau: torch.Tensor, tau: torch.Tensor, low: torch.Tensor, level: torch.Tensor,
+                *others: object) -> torch.Tensor:
+        mu, s = lesson11.what_is_known(config, diffusion, image, low, level)
+        alpha, sigma = diffusion.levels(tau, z_tau)
+        x = (z - mu) / s
+        return alpha * (z_tau - alpha * x) / sigma - sigma * x  # v
+
+    monkeypatch.setattr(lesson11, "denoise", perfect)
+    text = conditions(1, caption="a red car")
+    found = torch.stack(list(lesson11.upsampled(run, config, image, unet, noise(3, 3, 16, 32), text)))
+    torch.testing.assert_close(found, image.decode(z)[:, 0], rtol=0, atol=0.05)  # bfloat16
+
+
 def test_lesson_9_finds_it(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [frame.clamp(-1, 1) for frame in noise(17, 3, 16, 32)]
     monkeypatch.setattr(lesson09, "frames_of", lambda *args: iter(small))
