@@ -207,11 +207,13 @@ def upsample(model: Upsampler, config: Config, small: Iterable[torch.Tensor], ru
     video False applies the image upsampler, alpha = 1, to the same noise.
     """
     diffusion = make_diffusion(config, run.device)
-    size, overlap = (2 * config.frames, config.frames // 2) if config.calm else (config.frames, config.overlap)
+    size, overlap, rest = config.frames, config.overlap, 0
+    if config.calm:
+        size, overlap, rest = 2 * config.frames, config.frames // 2, config.frames // 2
 
     def enlarged() -> Iterator[tuple[torch.Tensor, int]]:
         first = None
-        for number, (part, new) in enumerate(in_portions(small, size, overlap)):
+        for number, (part, new) in enumerate(in_portions(small, size, overlap, rest)):
             draw, t = run.generator("upsample", *key, number), len(part)
             groups = 1 if video else t  # images: every frame is a batch row of its own
             level = torch.full((groups,), config.level, device=run.device)

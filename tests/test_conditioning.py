@@ -115,10 +115,21 @@ def test_portions_are_full_and_cover_every_frame_once(length: int) -> None:
     assert given == list(range(length))
 
 
+def test_a_short_rest_makes_the_last_portion_longer() -> None:
+    def spans(length: int, rest: int) -> list[tuple[int, int]]:
+        return [(int(part[0]), int(part[-1])) for part, _ in in_portions(torch.arange(length), 16, 4, rest)]
+
+    assert spans(30, rest=4) == [(0, 15), (12, 29)]  # 34 frames to compute, not 48
+    assert spans(32, rest=4) == [(0, 15), (12, 31)]
+    assert spans(33, rest=4) == [(0, 15), (12, 27), (17, 32)] and spans(20, rest=4) == [(0, 19)]
+    assert spans(30, rest=0) == [(0, 15), (12, 27), (14, 29)]
+
+
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 10, 13, 25])
 @pytest.mark.parametrize("overlap", [0, 1, 2])
-def test_portions_fade_into_each_other(length: int, overlap: int) -> None:
-    portions = list(in_portions(torch.arange(length).float(), 6, overlap))
+@pytest.mark.parametrize("rest", [0, 1, 3])
+def test_portions_fade_into_each_other(length: int, overlap: int, rest: int) -> None:
+    portions = list(in_portions(torch.arange(length).float(), 6, overlap, rest))
     assert all(len(part) - new >= overlap for part, new in portions[1:])
     given = [round(float(x), 4) for x in faded(portions, overlap)]
     assert given == list(range(length))  # nothing is lost, nothing comes twice
