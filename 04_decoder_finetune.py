@@ -131,7 +131,7 @@ def decode_stream(run: Run, autoencoder: Autoencoder, z: Iterable[torch.Tensor],
     third overlaps. Trained on 6 frames, the convolutions over time serve for any number; longer portions are calmer."""
 
     def decoded() -> Iterator[tuple[torch.Tensor, int]]:
-        for part, new in in_portions(z, size, size // 3, rest=size // 2):
+        for part, new in in_portions(z, size, size // 3, rest=size // 4):
             set_frames(autoencoder, len(part))
             with run.autocast():
                 frames = autoencoder.decode(part.to(run.device))

@@ -43,7 +43,7 @@ $(OUT)/%/numbers.json: | $(VENV)/installed
 $(OUT)/03_temporal_layers/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 $(OUT)/04_decoder_finetune/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 $(OUT)/05_prediction/numbers.json: | $(OUT)/03_temporal_layers/numbers.json
-$(OUT)/06_interpolation/numbers.json: | $(OUT)/05_prediction/numbers.json
+$(OUT)/06_interpolation/numbers.json: | $(OUT)/04_decoder_finetune/numbers.json $(OUT)/05_prediction/numbers.json
 $(OUT)/07_upsampler/numbers.json: | $(OUT)/02_image_ldm/numbers.json
 
 $(OUT)/02_image_ldm-text/numbers.json: | $(OUT)/02_image_ldm/numbers.json
