@@ -142,8 +142,8 @@ def summary(results: dict, tables: Tables, claims: Sequence[Claim]) -> str:
         c, sign = v.claim, "equals" if v.claim.equal else "below"
         each = mean_and_deviation(dict(enumerate(v.differences)))
         lines.append(f"| {c.better} {sign} {c.worse}, {c.metric} | {each} | {v.seen_beside} | {c.paper} | {v.word} |")
-    readers = {(r["numbers"]["toy-FVD"]["protocol"]["network"], r["table"]) for r in results["records"]
-               if "toy-FVD" in r["numbers"]}
+    readers = {(number["protocol"]["network"], r["table"]) for r in results["records"]
+               for metric, number in r["numbers"].items() if metric.startswith("toy-FVD")}
     checks = {network for network, table in readers if table == "checks"}
     if others := sorted({table for network, table in readers if network not in checks} if checks else ()):
         checked += (f" They are of the clip reader in checkpoints/; the toy-FVD of the tables {', '.join(others)} was "
