@@ -13,7 +13,7 @@ does not grow with the length of the video.
 
 Expect a drive of seconds that keeps its sky, land and light, and one of a minute whose land slowly changes; colour,
 sharpness and, but for a moment, change from frame to frame stay inside the band of real clips (drift.png). Upsampled,
-neighbouring frames differ 1.9 times as much as real ones.
+neighbouring frames differ 1.7 times as much as real ones.
 
 Reads OUT/02 to OUT/07; at the cpu preset, where nothing is trained there yet, the weights in checkpoints/.
 Writes OUT/08_sample_long/: long.mp4 (where av is installed), long.webp (at most 240 frames of it), contact_sheet.png,

@@ -71,7 +71,8 @@ def copy_small(picture: Path, target: Path) -> None:
             small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
             small[0].save(target, save_all=True, append_images=small[1:], duration=pause, loop=0)
         else:
-            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=55)
+            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=55,
+                           kmin=0, kmax=0)  # as kit/pictures.py
 
 
 def side_by_side(videos: list[Path], target: Path, width: int = 256) -> None:
@@ -86,7 +87,7 @@ def side_by_side(videos: list[Path], target: Path, width: int = 256) -> None:
             frames[-1].paste(small, (column * (width + 4), 0))
     for quality in (70, 60, 50, 40, 30, 20):
         frames[0].save(target, save_all=True, append_images=frames[1:], duration=2 * images[0].info["duration"], loop=0,
-                       quality=quality, method=6)
+                       quality=quality, method=6, kmin=0, kmax=0)
         if target.stat().st_size <= LIMIT:
             return
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from kit.data import Recording, VideoFolder, examine, open_data, read
 from kit.errors import UserError
 from kit.media import BT601, BT709, LIMITED, open_picture, video_frames
-from kit.pictures import VideoWriter
+from kit.pictures import VideoWriter, save_animation
 
 MEDIA = Path(__file__).parent / "media"
 
@@ -224,3 +224,14 @@ def test_names_are_compared_as_they_look(tmp_path: Path) -> None:
     shutil.copy(MEDIA / "DRONE_0001.MP4", os.path.join(tmp_path, f"{name}.mp4"))
     (tmp_path / "labels.csv").write_text("name,cars\ncaf\u00e9,3\n", "utf-8")
     assert open_data(str(tmp_path), 16, 32, 30.0).recordings[0].cars == 3
+
+
+def test_an_animated_webp_does_not_pulse(tmp_path: Path) -> None:
+    """WebP's own key frames redraw the whole picture every few frames, a jump that the video has not."""
+    video = open_data("driving", 64, 128, 30.0).clips((1,), 1, 24, 30.0, "held-out").video[0]
+    frames = [((frame.permute(1, 2, 0) + 1) * 127.5).byte().numpy() for frame in video]
+    save_animation(frames, tmp_path / "drive.webp", 30)
+    with Image.open(tmp_path / "drive.webp") as animation:
+        shown = [np.asarray(image.convert("RGB")).astype(float) for image in ImageSequence.Iterator(animation)]
+    changes = [float(np.abs(a - b).mean()) for a, b in zip(shown, shown[1:], strict=False)]
+    assert len(shown) == 24 and max(changes) < 1.7 * np.median(changes)  # 2.0 with them, 1.4 without
