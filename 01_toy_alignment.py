@@ -7,7 +7,7 @@ alpha z + (1 - alpha) z', and they alone are trained on clips with the image mod
 starting points then end in one mode, as a smooth sequence: the joint distribution has changed, the density of each
 frame has not. From here on the number becomes a picture and the MLP a U-Net; the idea stays.
 
-    python 01_toy_alignment.py                   # 60 s on 2 CPU cores
+    python 01_toy_alignment.py                   # 90 s on 2 CPU cores
     python 01_toy_alignment.py --preset smoke    # a few seconds, learns nothing
     python 01_toy_alignment.py --dry-run
 

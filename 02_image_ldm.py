@@ -6,7 +6,7 @@ cross-attention on labels (night, number of cars), on boxes, or on text; the con
 model samples with, without and with guided conditions. (Here and in the lessons that build on it, the cpu preset moves
 weight matrices by Muon, which is not the paper's: it learns as much in a third of the steps. See common/muon.py.)
 
-  python 02_image_ldm.py                        21 minutes on 2 slow cores
+  python 02_image_ldm.py                        18 minutes on 2 slow cores
   python 02_image_ldm.py --condition boxes      the variant that draws a scene from boxes; shares the autoencoder
   python 02_image_ldm.py --condition boxes --sample-boxes boxes.json
   python 02_image_ldm.py --condition text       the variant that reads captions, with the target (eps) and the betas of

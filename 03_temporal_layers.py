@@ -5,7 +5,7 @@ block whose attention runs over frames), merged as alpha z + (1 - alpha) z' with
 weights theta are frozen; only the temporal weights phi and the alphas learn, on clips of 8 frames at the key-frame
 rate (1.875 frames a second). With alpha = 1 the image model is still there, bit for bit.
 
-  python 03_temporal_layers.py          7 minutes on 2 slow cores
+  python 03_temporal_layers.py          5.5 minutes on 2 slow cores
   python 03_temporal_layers.py --help   every option
 
 Expect, of longer training than this preset's: frames of a clip that agree in sky, land and light (the low-pass colour

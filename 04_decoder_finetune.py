@@ -8,7 +8,7 @@ convolutions. The encoder stays frozen, so every latent the diffusion models kno
 Two things are ours. The latents that the decoder will be given are generated, and jitter: in training they get a little
 noise, which a decoder that sees several frames can average away. And frame-to-frame differences are weighed as such.
 
-  python 04_decoder_finetune.py                         7.5 minutes on 2 slow cores
+  python 04_decoder_finetune.py                         7 minutes on 2 slow cores
   python 04_decoder_finetune.py --freeze-spatial        train the temporal layers alone
   python 04_decoder_finetune.py --image-discriminator   the extra critic of Table 14
   python 04_decoder_finetune.py --lpips lpips.pt        a TorchScript LPIPS instead of the features trained here

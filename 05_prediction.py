@@ -5,7 +5,7 @@ Changes from lesson 3: the temporal layers are told some frames. A mask m_S mark
 Training starts from lesson 3's temporal weights with the new context columns at zero. With S = 1 a start frame
 continues, in as many futures as there are seeds; with S = 2, again and again, it becomes a long video.
 
-  python 05_prediction.py                          10 minutes on 2 slow cores
+  python 05_prediction.py                          9 minutes on 2 slow cores
   python 05_prediction.py --temporal attention     the ablations of Table 1, each in a folder of its own:
                                                    also --temporal conv, --end-to-end, --pixel
 Expect of the shipped weights, trained longer than this preset: given frames come back (39 dB); the best of 8 futures is

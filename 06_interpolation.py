@@ -5,7 +5,7 @@ weights, serves both passes: it is trained on clips at a quarter of the final ra
 frames a second), and a token in the temporal cross-attention says which. N frames become 4 (N - 1) + 1: 8, 29, 113.
 `train` is lesson 5's but for the start, the clips, the mask, the call and what is returned.
 
-  python 06_interpolation.py          6 minutes on 2 slow cores
+  python 06_interpolation.py          5.5 minutes on 2 slow cores
 
 One thing is not the paper's, and off in its presets (--no-calm): frames are sampled from the same noise and once more
 from its negative, averaged where the two agree, and the error that the known ends come back with is taken off the

@@ -7,7 +7,7 @@ level. (The cpu preset has lower levels, and diffuses what bilinear enlargement 
 upsampler is trained, on patches; then its spatial layers are frozen and temporal layers trained on clips of patches,
 the same patch in every frame. Being convolutional it is applied to whole frames, in portions of 8.
 
-  python 07_upsampler.py          6 minutes on 2 slow cores
+  python 07_upsampler.py          4.5 minutes on 2 slow cores
 
 One thing is not the paper's, and off in its presets (--no-calm): all frames of a video are given the same noise, of
 both kinds, since what a small network leaves of it boils, and portions are of 16, of which 4 fade into the next. Then
