@@ -5,7 +5,7 @@ on from the last two, again and again; two interpolation passes make 4 (N - 1) +
 makes pixels; the upsampler makes them four times as large. Every stage is a generator that holds one window, so memory
 does not grow with the length of the video.
 
-  python 08_sample_long.py                            2 minutes on 2 cores
+  python 08_sample_long.py                            1.5 minutes on 2 slow cores
   python 08_sample_long.py --seconds 60 --no-upsampler
   python 08_sample_long.py --first-frame photo.png --futures 3
   python 08_sample_long.py --night 1 --cars 2 --overwrite

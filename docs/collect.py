@@ -71,7 +71,7 @@ def copy_small(picture: Path, target: Path) -> None:
             small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
             small[0].save(target, save_all=True, append_images=small[1:], duration=pause, loop=0)
         else:
-            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=55,
+            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=70,
                            kmin=0, kmax=0)  # as kit/pictures.py
 
 

@@ -62,8 +62,9 @@ def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float) -> None
     if path.suffix == ".gif":
         images = (image.quantize(128, dither=Image.Dither.NONE) for image in images)
     first = next(images)
-    # kmax: by itself WebP draws every fifth frame anew, not from the one before, and the whole picture pulses with it
-    first.save(path, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=70, method=3,
+    # kmax: by itself WebP draws every fifth frame anew, not from the one before, and the whole picture pulses with it;
+    # quality: at 70 small pictures are 4 levels off, land and sky in blocks, at 90 half as much
+    first.save(path, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=90, method=3,
                kmin=0, kmax=0)
 
 
