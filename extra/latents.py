@@ -8,7 +8,6 @@ renamed into place when they are whole, so that runs can share the folder; they 
 import dataclasses
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from common.image_model import ImageModel
 from kit.data import Again, Clips, Recording, Source, VideoFolder, read
 from kit.errors import UserError
-from kit.files import fingerprint
+from kit.files import fingerprint, my_part
 from kit.run import Run
 
 
@@ -70,8 +69,7 @@ class LatentFolder:
     @torch.no_grad()
     def make(self, recording: Recording, path: Path, chunk: int = 64) -> None:
         count, (height, width) = len(recording.times), (self.source.height, self.source.width)
-        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        os.close(handle)
+        part = my_part(self.folder)
         try:
             kept = np.lib.format.open_memmap(part, "w+", np.float16, (count, *self.image.shape))
             for start in range(0, count, chunk):
@@ -84,4 +82,4 @@ class LatentFolder:
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space, or leave out "
                             "--cache-latents") from None
         finally:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import platform
 import shlex
-import tempfile
 import typing
 from pathlib import Path
 
@@ -60,11 +60,17 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def my_part(folder: Path, name: str = "") -> Path:
+    """A file in the making that no other process has. (Python's tempfile would close what comes of it to all others
+    but its owner, colleagues on a cluster among them.)"""
+    return folder / f"{name}{platform.node()}-{os.getpid()}.part"
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes tensors and primitives to a temporary file beside `path` and renames it: never half a checkpoint."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    part = my_part(path.parent, f"{path.name}-")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -73,7 +79,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; the one saved before is untouched") from None
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, made_by: str) -> dict:

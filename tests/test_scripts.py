@@ -90,6 +90,8 @@ def test_smoke_writes_what_the_contract_says(course: Path, name: str) -> None:
     if name in TRAINED:
         content = torch.load(folder / "checkpoint.pt", weights_only=True)
         assert content["script"] == name and content["step"] > 0
+        modes = {(folder / file).stat().st_mode for file in ("checkpoint.pt", "config.json")}
+        assert len(modes) == 1, modes  # colleagues who may read the folder may read the weights
         assert (folder / "metrics.csv").read_text().startswith("step,")
 
 
