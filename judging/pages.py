@@ -59,6 +59,8 @@ def outdated(record: dict, readers: set[str]) -> bool:
 
 # %% tables.md
 
+WIDEST = 12  # numbers side by side
+
 
 def mean_and_deviation(values: dict[int, float]) -> str:
     if not values:
@@ -81,11 +83,14 @@ def markdown(results: dict, tables: Tables, claims: Sequence[Claim]) -> str:
                 same_protocol([r["numbers"][metric] for r in mine if metric in r["numbers"]])
         seeds = sorted({r["seed"] for r in mine})
         lines += [f"### {title}", "", f"`python 12_tables.py --table {name}`, seeds {', '.join(map(str, seeds))}", ""]
-        lines += ["| row | " + " | ".join(metrics) + " | paper |", "| --- " * (len(metrics) + 2) + "|"]
+        cells = [["row", *metrics, "paper"]]
         for row in rows:
-            cells = [mean_and_deviation(by_seed(records, name, row.name, metric)) for metric in metrics]
-            if any(cells) or not row.measure:
-                lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {row.paper} |")
+            values = [mean_and_deviation(by_seed(records, name, row.name, metric)) for metric in metrics]
+            if any(values) or not row.measure:
+                cells.append([row.name, *values, row.paper])
+        if len(metrics) > WIDEST:  # no page is wide enough: a line for each number instead
+            cells = [list(column) for column in zip(*cells, strict=True) if any(column[1:])]
+        lines += [f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(cells[0]), *cells[1:])]
         lines += ["", *(f"- {sentence}" for sentence in sentences(records, name, rows, verdicts)), ""]
         lines += [f"![{title}]({name}.png)", ""]
     return "\n".join(lines)
@@ -190,17 +195,19 @@ def draw_rollouts(records: list[dict], rows: list[Row], metrics: list[str], titl
     distances = list(dict.fromkeys(m.split(",")[0] for m in metrics if ", to " in m))
     figure, axes = plt.subplots(1, len(distances), figsize=(4 * len(distances), 3), squeeze=False)
     for axis, distance in zip(axes[0], distances, strict=True):
-        for row in rows:
+        for place, row in enumerate(rows):
             points = {
                 float(m.split(" to ")[1].removesuffix(" s")): list(by_seed(records, "rollouts", row.name, m).values())
                 for m in metrics if m.startswith(f"{distance}, to ")
             }
             points = {second: values for second, values in points.items() if values}
             if points:
-                axis.errorbar(list(points), [statistics.fmean(v) for v in points.values()],
+                beside = [second + 0.6 * (place - (len(rows) - 1) / 2) for second in points]  # or bars hide each other
+                axis.errorbar(beside, [statistics.fmean(v) for v in points.values()],
                               [deviation(v) for v in points.values()], label=row.name, capsize=2)
         axis.set(title=distance, xlabel="seconds")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(rows),
+                  frameon=False)
     figure.suptitle(title)
     save_figure(figure, folder / "rollouts.png")
 

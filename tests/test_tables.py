@@ -333,6 +333,14 @@ def test_a_row_drops_those_of_its_table_that_an_older_reader_read(tmp_path: Path
     assert "| ours | 12 |" in summary(results, tables.TABLES, tables.CLAIMS)
 
 
+def test_a_table_too_wide_for_a_page_has_a_line_for_each_number() -> None:
+    numbers = {f"m{i}": entry(i) for i in range(13)}
+    results = {"records": [{"table": "rollouts", "row": row, "seed": 0, "numbers": numbers} for row in ("S = 1", "S = 2")]}
+    page = summary(results, tables.TABLES, tables.CLAIMS)
+    assert "| row | S = 1 | S = 2 |\n| --- | --- | --- |\n| m0 | 0 | 0 |\n| m1 | 1 | 1 |" in page
+
+
+
 def test_the_command_of_the_readme_goes_on_with_the_committed_results() -> None:
     """Other defaults would be refused in every clone: results made with other settings need a folder of their own."""
     assert read_results(tables.Config(results=str(ROOT / "results")))["records"]
