@@ -334,8 +334,8 @@ def test_a_row_drops_those_of_its_table_that_an_older_reader_read(tmp_path: Path
 
 
 def test_a_table_too_wide_for_a_page_has_a_line_for_each_number() -> None:
-    numbers = {f"m{i}": entry(i) for i in range(13)}
-    results = {"records": [{"table": "rollouts", "row": row, "seed": 0, "numbers": numbers} for row in ("S = 1", "S = 2")]}
+    numbers, rows = {f"m{i}": entry(i) for i in range(13)}, ("S = 1", "S = 2")
+    results = {"records": [{"table": "rollouts", "row": row, "seed": 0, "numbers": numbers} for row in rows]}
     page = summary(results, tables.TABLES, tables.CLAIMS)
     assert "| row | S = 1 | S = 2 |\n| --- | --- | --- |\n| m0 | 0 | 0 |\n| m1 | 1 | 1 |" in page
 
