@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clip", default="", help="folder of a CLIP model, for msrvtt")
     parser.add_argument("--fps", type=float, default=30.0, help="frame rate of the clips")
     parser.add_argument("--clips", type=int, default=0, help="so many clips; 0: as many as the paper's protocol")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: cuda or cpu")
     options = parser.parse_args(argv)
     needs = {
         "ucf101": {"--real FOLDER (UCF-101's videos)": options.real,

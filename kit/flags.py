@@ -62,7 +62,7 @@ class BaseConfig:
     final_fps: Annotated[float, Range(0.1, 1000, auto=True)] = 0.0  # final frame rate; auto: 30, or that of most videos
     out: str = ""  # results folder; default runs/PRESET-DATA
     seed: Whole = 0  # seed of everything random
-    device: str = "auto"  # auto, cpu, cuda, mps
+    device: str = "auto"  # cpu, cuda or mps (Apple's, not tried); auto: cuda where there is one, else cpu
     precision: str = "auto"  # auto, float32 or bfloat16 (autocast)
     threads: Annotated[int, Range(0, 1024)] = 0  # CPU threads; 0 leaves it to torch
     save_every: Count = 500  # steps between checkpoints (one is always written at the end and on Ctrl-C)

@@ -38,8 +38,12 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    """auto: a CUDA GPU, or else the CPU. Apple's (mps) has to be asked for: nobody has run this there, and torch has
+    had channels-last layers that crash on it and fused optimizers that pass over `found_inf` (140902, 186360)."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps":
+        note("--device mps: not tried by us; compare a short run with --device cpu before you trust it")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a node
     try:

@@ -20,7 +20,7 @@ from PIL import Image
 from kit.errors import UserError
 from kit.files import LOCKS, lock
 from kit.flags import kind_of, preset_config
-from kit.run import Run, known_good
+from kit.run import Run, known_good, pick_device
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-8]_*.py"))
@@ -74,6 +74,11 @@ def test_known_good_values_notice_a_broken_run(course: Path, capsys: pytest.Capt
     run.config.lr *= 2  # other flags have no expectation
     known_good(run, lesson.PRESETS)
     assert not capsys.readouterr().out
+
+
+def test_apples_gpu_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto").type in ("cuda", "cpu")
 
 
 def test_there_are_eight() -> None:
