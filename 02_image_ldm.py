@@ -58,6 +58,7 @@ from kit.flags import (
     preset_config,
 )
 from kit.measures import box_mask, psnr
+from kit.media import read_text
 from kit.parallel import average
 from kit.pictures import plot_metrics, sheet
 from kit.run import Run, known_good, one_process
@@ -228,7 +229,7 @@ def sample_images(unet: nn.Module, image: ImageModel, clips: Clips, guidance: fl
 def read_boxes(path: str) -> list:
     """The boxes of a --sample-boxes file. Anything but up to MAX_CARS quadruples in [0, 1] is a UserError."""
     try:
-        boxes = json.loads(Path(path).read_text())
+        boxes = json.loads(read_text(Path(path)))
     except (OSError, ValueError) as error:
         raise UserError(f"--sample-boxes {path}: not a readable JSON file ({error})") from None
     good = (

@@ -303,7 +303,7 @@ def evaluate(run: Run, config: Config, image: ImageModel, tuned, video: nn.Modul
     sheet([row for i in range(min(3, shown)) for row in (ours[i], untuned[i])], run.folder / "videos.png")
     animation(ours[:shown], run.folder / "personalised.gif", config.final_fps / 16)
     animation(untuned[:shown], run.folder / "untuned.gif", config.final_fps / 16)
-    (run.folder / "captions.txt").write_text("\n".join(told.captions[:shown]) + "\n")
+    (run.folder / "captions.txt").write_text("\n".join(told.captions[:shown]) + "\n", "utf-8")
     plot_metrics(run.folder / "metrics.csv", ["instance", "prior"], "DreamBooth")
     print(f"pictures: {run.folder}/instances.png, images.png, videos.png, personalised.gif, untuned.gif")
 

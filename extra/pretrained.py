@@ -21,8 +21,8 @@ from common.diffusion import Diffusion
 from common.image_model import ImageModel
 from common.temporal import TemporalOptions, is_temporal
 from common.unet import UNet
-from kit.data import Clips, note
-from kit.errors import UserError
+from kit.data import Clips
+from kit.errors import UserError, note
 from kit.files import fingerprint, load_checkpoint, save_checkpoint
 
 Weights = dict[str, torch.Tensor]
@@ -121,7 +121,7 @@ def settings_of(folder: Path, part: str) -> dict:
         path = folder / part / name
         if path.is_file():
             try:
-                return json.loads(path.read_text())
+                return json.loads(path.read_text("utf-8"))
             except ValueError:
                 raise UserError(f"{path} is not readable JSON") from None
     return {}
@@ -407,7 +407,7 @@ class TextEncoder(nn.Module):
         config = self.folder / "text_encoder" / "config.json"
         config = config if config.exists() else self.folder / "config.json"
         try:
-            settings = json.loads(config.read_text())
+            settings = json.loads(config.read_text("utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--text-encoder {folder}: no readable config.json of a CLIP text model in it") from None
         settings = settings.get("text_config", settings)

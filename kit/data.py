@@ -20,7 +20,6 @@ import hashlib
 import io
 import math
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from kit.errors import UserError
+from kit.errors import UserError, note
 from kit.media import (
     ANIMATIONS,
     PICTURES,
@@ -42,6 +41,7 @@ from kit.media import (
     fitted,
     folder_times,
     open_picture,
+    read_text,
     reason,
     still,
     take,
@@ -107,11 +107,6 @@ def keyed(key: Sequence[int], i: int, split: str) -> np.random.Generator:
 def as_video(frames: np.ndarray) -> torch.Tensor:
     """Frames b t h w c, uint8, to b t c h w in [-1, 1]."""
     return (rearrange(torch.from_numpy(frames), "b t h w c -> b t c h w").float() / 127.5 - 1).contiguous()
-
-
-@functools.cache  # every message once, however often the same folder or request comes
-def note(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def listing(parts: list[str], most: int = 3) -> str:
@@ -351,19 +346,6 @@ def usual_rate(recordings: Sequence[Recording]) -> float:
             rate = near if abs(recording.fps / near - 1) < 0.02 else float(f"{recording.fps:.3g}")
             seconds[rate] += recording.seconds
     return max(seconds, key=lambda rate: (seconds[rate], rate)) if seconds else 30.0
-
-
-def read_text(path: Path) -> str:
-    """The text of a small file as people's editors write it: UTF-8 or UTF-16, with or without a mark, or Windows-1252,
-    which is said."""
-    content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        note(f"{path}: not UTF-8, read as Windows-1252")
-        return content.decode("cp1252", errors="replace")
 
 
 def names_of(path: Path, folder: Path) -> set[str]:

@@ -1,5 +1,6 @@
-"""Errors that a user can put right, and what a script's main makes of them."""
+"""Errors that a user can put right, what a script's main makes of them, and what is said without being one."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,11 @@ import torch
 
 class UserError(Exception):
     """Something the user can put right. One line: what, where, what to do. Becomes exit code 2, without a traceback."""
+
+
+@functools.cache  # every message once, however often the same folder or request comes
+def note(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def cli(main: Callable[[list[str] | None], object]) -> int:

@@ -25,7 +25,7 @@ CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # small trained weig
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, "utf-8")  # on Windows it would be something else
     os.replace(part, path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from kit.errors import UserError
+from kit.errors import UserError, note
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # numbered frames, or of a subject
 ANIMATIONS = (".gif", ".webp", ".apng", ".png")
@@ -175,7 +175,7 @@ def video_facts(path: Path) -> tuple[tuple[int, int], list[str]]:
         return (shown.height, shown.width), said
 
 
-# %% Animations, and folders of numbered pictures
+# %% Animations, folders of numbered pictures, and texts
 
 
 def animation_frames(path: Path) -> Frames:
@@ -191,10 +191,23 @@ def animation_frames(path: Path) -> Frames:
             time += (image.info.get("duration") or 100) / 1000  # browsers show a duration of 0 as 0.1 s
 
 
+def read_text(path: Path) -> str:
+    """The text of a small file as people's editors write it: UTF-8 or UTF-16, with or without a mark, or Windows-1252,
+    which is said."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        note(f"{path}: not UTF-8, read as Windows-1252")
+        return content.decode("cp1252", errors="replace")
+
+
 def folder_times(files: list[Path], folder: Path, default_fps: float) -> np.ndarray:
     """When the pictures of a folder are shown: at the rate in fps.txt, or at the default one."""
     rate = folder / "fps.txt"
-    fps = float(rate.read_text()) if rate.exists() else default_fps
+    fps = float(read_text(rate)) if rate.exists() else default_fps
     if not 0 < fps < math.inf:
         raise ValueError("fps.txt must hold a positive number")
     return np.arange(len(files)) / fps

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from kit import parallel
-from kit.data import fingerprint, note
-from kit.errors import UserError
+from kit.data import fingerprint
+from kit.errors import UserError, note
 from kit.files import CHECKPOINTS, check_lineage, command, load_checkpoint, lock, write_text
 from kit.flags import BaseConfig, preset_config
 

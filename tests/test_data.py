@@ -121,6 +121,8 @@ def test_numbered_frames(tmp_path):
     assert index(source.clips((0,), 1, 12, 5.0).video) == [list(range(12))]
     (tmp_path / "clip" / "fps.txt").unlink()
     assert open_data(str(tmp_path), 16, 32, 7.0).recordings[0].fps == pytest.approx(7.0)
+    (tmp_path / "clip" / "fps.txt").write_text("12.5\n", "utf-16")  # `echo 12.5 > fps.txt` of Windows
+    assert open_data(str(tmp_path), 16, 32, 8.0).recordings[0].fps == pytest.approx(12.5)
     (tmp_path / "clip" / "fps.txt").write_text("fast")
     with pytest.raises(UserError, match="clip .*fast"):
         open_data(str(tmp_path), 16, 32, 7.0)

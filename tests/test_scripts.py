@@ -286,7 +286,7 @@ def test_image_variants(course: Path) -> None:
     flags = ["--preset", "smoke", "--out", str(course)]
     lesson02.main([*flags, "--condition", "boxes"])
     assert not (course / "02_image_ldm-boxes" / "autoencoder.pt").exists()
-    boxes.write_text("[[0.4, 0.5, 0.6, 0.8]]")
+    boxes.write_text("[[0.4, 0.5, 0.6, 0.8]]", "utf-8-sig")  # as Windows' Notepad writes it
     lesson02.main([*flags, "--sample-boxes", str(boxes)])
     frame = course / "02_image_ldm-boxes" / "from_boxes.png"
     import_module("08_sample_long").main(
