@@ -57,7 +57,7 @@ demo: $(VENV)/installed
 	$(RUN) 08_sample_long.py --out runs/demo --seconds 3.77 --upsampled-seconds 1 --seed 1 --night 0 --cars 1 --overwrite
 
 course: $(LESSONS:%=$(OUT)/%/numbers.json)
-	$(RUN) 08_sample_long.py $(FLAGS) --upsampled-seconds 2 --overwrite
+	$(RUN) 08_sample_long.py $(FLAGS) --overwrite
 
 text: $(TEXT:%=$(OUT)/%/numbers.json) | $(OUT)/04_decoder_finetune/numbers.json
 	$(RUN) 09_text_to_video.py $(FLAGS) --prompt "$(PROMPT)" --overwrite
