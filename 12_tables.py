@@ -196,8 +196,8 @@ def rollout_rows() -> Iterator[Row]:
             found |= {f"{m}, to {end / fps:.0f} s": window[m] for m in distances}
         return found | drift(video, fps, "60 s") | drift(make(4, longest), fps, "300 s")
 
-    yield Row("real", "real drives, as long: the floor, and what changes in them by itself", lambda w: numbers(
-        w, lambda count, frames: real_clips(w, frames, key_rate(w), count=count)))
+    yield Row("real", "real drives: the floor, and what changes by itself (a row added when the others had been seen)",
+              lambda w: numbers(w, lambda count, frames: real_clips(w, frames, key_rate(w), count=count)))
     for guided in (False, True):
         for overlap in (1, 2):
             what = f"iterated with {overlap} known frame{'s' * (overlap - 1)}" + ", context guidance" * guided

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
-import platform
+import secrets
 import shlex
 import typing
 from pathlib import Path
@@ -63,7 +63,7 @@ def fingerprint(path: Path) -> str:
 def my_part(folder: Path, name: str = "") -> Path:
     """A file in the making that no other process has. (Python's tempfile would close what comes of it to all others
     but its owner, colleagues on a cluster among them.)"""
-    return folder / f"{name}{platform.node()}-{os.getpid()}.part"
+    return folder / f"{name}{secrets.token_hex(8)}.part"
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -340,7 +340,6 @@ def test_a_table_too_wide_for_a_page_has_a_line_for_each_number() -> None:
     assert "| row | S = 1 | S = 2 |\n| --- | --- | --- |\n| m0 | 0 | 0 |\n| m1 | 1 | 1 |" in page
 
 
-
 def test_the_command_of_the_readme_goes_on_with_the_committed_results() -> None:
     """Other defaults would be refused in every clone: results made with other settings need a folder of their own."""
     assert read_results(tables.Config(results=str(ROOT / "results")))["records"]
