@@ -10,6 +10,7 @@ python docs/collect.py                           only rewrites docs/numbers.md f
 """
 
 import csv
+import itertools
 import json
 import shutil
 import sys
@@ -17,11 +18,18 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+from kit.pictures import save_animation  # noqa: E402
+
 TARGET = DOCS / "numbers.md"
-LIMIT = 300_000  # bytes of a picture
+LIMIT = 300_000  # bytes of a picture; one over it is tried coarser, then smaller:
+COARSER = ((90, 4), (90, 8), (85, 10), (80, 10), (75, 12), (70, 12))  # quality, levels: see save_animation
+LONG = 60  # frames
+SMALLER = ((1, 512), (2, 512), (2, 384), (3, 384), (3, 320), (4, 320), (4, 256))  # every nth frame, width
 TITLES = {"driving": "On the procedural scenes", "text": "Text to video, personalization, latent upsampler",
           "text-gpu": "Text to video, trained for minutes on a GPU", "real": "On real dashcam clips"}
 PROMPTED = ("text", "text-gpu")
@@ -51,43 +59,44 @@ def collect(out: Path, name: str) -> None:
 
 
 def copy_small(picture: Path, target: Path) -> None:
-    """Copies a picture; one over the limit is made smaller, an animation also shorter of frames."""
+    """Copies a picture; one over the limit is made coarser, then shorter and smaller; a long animation always."""
     shutil.copy(picture, target)
-    for step, width in ((1, 512), (2, 512), (2, 384), (3, 384), (3, 320), (4, 320), (4, 256)):
-        if target.stat().st_size <= LIMIT:
-            return
-        with Image.open(picture) as image:
-            size = (width, round(image.height * width / image.width))
-            if picture.suffix == ".png":  # large still pictures shrink by width alone
-                size = tuple(side * 3 for side in size)
-            frames, count = [], getattr(image, "n_frames", 1)
-            for i in range(0, count, step):
-                image.seek(i)
-                frames.append(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-            pause = round(step * image.info.get("duration", 100))
-        if picture.suffix == ".png":
+    still = picture.suffix == ".png"  # large still pictures shrink by width alone
+    with Image.open(picture) as image:
+        shorten = getattr(image, "n_frames", 1) > LONG
+        if still and image.mode != "P":  # plots, which have few colours
+            image.convert("RGB").quantize(256, kmeans=1).save(target, optimize=True)
+    tries = itertools.product(SMALLER[shorten:], COARSER[:1] if still else COARSER[shorten:])
+    while shorten or target.stat().st_size > LIMIT:
+        (step, width), (quality, levels) = next(tries)
+        frames, pause = frames_of(picture, step, 3 * width if still else width)
+        if still:
             frames[0].quantize(128).save(target, optimize=True)
-        elif picture.suffix == ".gif":
-            small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
-            small[0].save(target, save_all=True, append_images=small[1:], duration=pause, loop=0)
         else:
-            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pause, loop=0, quality=70,
-                           kmin=0, kmax=0)  # as kit/pictures.py
+            save_animation(map(np.asarray, frames), target, 1000 / pause, quality, levels)
+        shorten = False
+
+
+def frames_of(picture: Path, step: int, width: int) -> tuple[list[Image.Image], int]:
+    """Every step-th frame, at most so wide, and how many milliseconds each is seen."""
+    frames = []
+    with Image.open(picture) as image:
+        width = min(width, image.width)
+        size = width, round(image.height * width / image.width)
+        for i in range(0, getattr(image, "n_frames", 1), step):
+            image.seek(i)
+            frames.append(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+        return frames, round(step * image.info.get("duration", 100))
 
 
 def side_by_side(videos: list[Path], target: Path, width: int = 256) -> None:
     """Animations of one length and rate in a row, every second frame."""
-    images = [Image.open(path) for path in videos]
-    height, frames = round(width * images[0].height / images[0].width), []
-    for i in range(0, min(image.n_frames for image in images), 2):
-        frames.append(Image.new("RGB", ((width + 4) * len(images) - 4, height), "white"))
-        for column, image in enumerate(images):
-            image.seek(i)
-            small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            frames[-1].paste(small, (column * (width + 4), 0))
-    for quality in (70, 60, 50, 40, 30, 20):
-        frames[0].save(target, save_all=True, append_images=frames[1:], duration=2 * images[0].info["duration"], loop=0,
-                       quality=quality, method=6, kmin=0, kmax=0)
+    columns, pauses = zip(*(frames_of(video, 2, width) for video in videos), strict=True)
+    gap = np.full((columns[0][0].height, 4, 3), 255, np.uint8)
+    rows = [[part for frame in row for part in (gap, np.asarray(frame))][1:] for row in zip(*columns, strict=False)]
+    frames = [np.concatenate(row, axis=1) for row in rows]
+    for quality, levels in COARSER:
+        save_animation(iter(frames), target, 1000 / pauses[0], quality, levels)
         if target.stat().st_size <= LIMIT:
             return
 
@@ -123,7 +132,6 @@ DRIFT = {"colour": 0.15, "sharpness": 0.02, "frame difference": 0.005}  # that t
 
 def write_expected(out: Path) -> None:
     """docs/expected/NN.csv from a finished run of a preset: losses at a tenth, a third and the end, and all numbers."""
-    sys.path.insert(0, str(DOCS.parent))
     from kit.flags import preset_config
     from kit.run import mean_before
 

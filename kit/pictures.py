@@ -1,6 +1,6 @@
 """Pictures and videos out of tensors: sheets, animations, mp4, and the style of every plot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 plt.rcParams.update({"figure.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
                      "axes.grid": True, "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False})
+SMALL = 200  # pixels of width, below which pictures are doubled or kept exactly, to be seen
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
@@ -30,7 +31,7 @@ def sheet(rows: Sequence[torch.Tensor], path: Path, gap: int = 2) -> None:
 
     Small pictures are doubled, to be seen; with gap 0, a single picture is written as it is.
     """
-    strips, zoom = [], 2 if gap and rows[0].shape[-1] < 200 else 1
+    strips, zoom = [], 2 if gap and rows[0].shape[-1] < SMALL else 1
     for row in rows:
         pictures = to_uint8(row).repeat(zoom, axis=1).repeat(zoom, axis=2)
         pictures = [np.pad(picture, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for picture in pictures]
@@ -44,7 +45,7 @@ def save_image(pixels: np.ndarray, path: Path) -> None:
     """Writes h w 3 uint8 as PNG; a large one with a palette, which keeps it small enough for a README."""
     image = Image.fromarray(pixels)
     if pixels.size > 300_000:
-        image = image.quantize(192, dither=Image.Dither.NONE)
+        image = image.quantize(256, kmeans=1, dither=Image.Dither.NONE)  # without kmeans small red lamps are orange
     image.save(path, optimize=True)
 
 
@@ -56,16 +57,41 @@ def animation(clips: torch.Tensor, path: Path, fps: float, columns: int = 4) -> 
     save_animation(frames, path, fps)
 
 
-def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float) -> None:
-    """Writes frames (h w 3, uint8) as a looping gif or webp, by the suffix. Frames may come from a generator."""
-    images = (Image.fromarray(frame) for frame in frames)
+def held(frames: Iterable[np.ndarray], levels: int) -> Iterator[np.ndarray]:
+    """Frames in which a block of 8 x 8 pixels stays as it was last shown until one of its pixels is off by more levels.
+
+    WebP's encoder leaves out blocks that resemble the frame before, whatever is shown: small changes add up, to 25
+    levels within a second, and a cloud that has dissolved stays in the picture. So it is told here what to leave out.
+    """
+    shown = None
+    for frame in frames:
+        shown = frame.copy() if shown is None else shown
+        off = np.abs(frame.astype(np.int16) - shown).max(-1)  # h w
+        height, width = off.shape
+        blocks = np.pad(off, ((0, -height % 8), (0, -width % 8)))
+        stale = rearrange(blocks, "(h p) (w q) -> h w p q", p=8, q=8).max((2, 3)) > levels
+        stale = stale.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+        shown[stale] = frame[stale]
+        yield shown.copy()
+
+
+def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float, quality: int = 90, levels: int = 4) -> None:
+    """Writes frames (h w 3, uint8) as a looping gif or webp, by the suffix. Frames may come from a generator.
+
+    quality, levels: of a webp; how well blocks are kept, and by how much one may be off before it is drawn anew.
+    """
     if path.suffix == ".gif":
-        images = (image.quantize(128, dither=Image.Dither.NONE) for image in images)
+        frames = list(frames)  # one palette for all: each with its own, still land changes from frame to frame
+        seen = Image.fromarray(np.concatenate(frames[:: -(-len(frames) // 16)]))
+        palette = seen.quantize(256, kmeans=1)
+        images = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    else:
+        images = (Image.fromarray(frame) for frame in held(frames, levels))
     first = next(images)
     # kmax: by itself WebP draws every fifth frame anew, not from the one before, and the whole picture pulses with it;
-    # quality: at 70 small pictures are 4 levels off, land and sky in blocks, at 90 half as much
-    first.save(path, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=90, method=3,
-               kmin=0, kmax=0)
+    # lossless: colours are kept at half the sharpness else, which is seen in small pictures, and flickers
+    first.save(path, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=quality, method=3,
+               kmin=0, kmax=0, lossless=first.width < SMALL)
 
 
 class VideoWriter:

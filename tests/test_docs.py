@@ -5,9 +5,12 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kit.errors import UserError
+from kit.pictures import save_animation
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *(path for folder in ("docs", "results", "exercises")
@@ -16,9 +19,23 @@ LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
 def test_the_table_of_numbers_is_the_one_collected() -> None:
-    scope: dict = {"__file__": str(ROOT / "docs" / "collect.py"), "__name__": "collect"}
-    exec((ROOT / "docs" / "collect.py").read_text(), scope)  # docs/ is no package
-    assert scope["render"]() == scope["TARGET"].read_text()
+    collect = runpy.run_path(str(ROOT / "docs" / "collect.py"))  # docs/ is no package
+    assert collect["render"]() == collect["TARGET"].read_text()
+
+
+def test_animations_in_pages_are_small(tmp_path: Path) -> None:
+    """A long one has every second frame, in the same time; videos side by side are one."""
+    collect = runpy.run_path(str(ROOT / "docs" / "collect.py"))
+    grain = np.random.default_rng(0).integers(0, 256, (32, 80, 3), np.uint8)
+    drive = [np.roll(grain, 4 * i, axis=1).repeat(4, axis=0).repeat(4, axis=1) for i in range(64)]
+    save_animation(iter(drive), tmp_path / "drive.webp", 25)
+    collect["copy_small"](tmp_path / "drive.webp", tmp_path / "small.webp")
+    collect["side_by_side"]([tmp_path / "drive.webp"] * 2, tmp_path / "both.webp", 64)
+    assert (tmp_path / "small.webp").stat().st_size <= collect["LIMIT"] < (tmp_path / "drive.webp").stat().st_size
+    with Image.open(tmp_path / "small.webp") as small, Image.open(tmp_path / "both.webp") as both:
+        small.load()
+        assert small.width <= 512 and small.info["duration"] * small.n_frames == pytest.approx(64 * 40, rel=0.05)
+        assert both.size == (64 + 4 + 64, 26) and both.n_frames == 32
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
