@@ -31,7 +31,7 @@ from torch import nn
 
 from common.diffusion import guided
 from common.image_model import ImageModel, planned_input
-from common.loop import EMA, Learner, training_loop
+from common.loop import EMA, Learner, load_part, training_loop
 from common.temporal import TemporalOptions, grow, is_temporal, train_temporal_only
 from common.unet import UNet
 from extra.latents import with_latents
@@ -233,7 +233,7 @@ def load(run: Run, image: ImageModel, variant: str = "") -> tuple[nn.Module, Con
     content = run.trained(NAME, image.lineage, variant=variant)
     config = config_of(Config, content)
     unet = build(config, image)
-    unet.load_state_dict(content["ema"]["shadow"], strict=False)
+    load_part(unet, content["ema"]["shadow"], content["path"])
     return unet.requires_grad_(False).eval(), config
 
 

@@ -35,7 +35,7 @@ from torch import nn
 
 from common.diffusion import guided, in_common
 from common.image_model import ImageModel, planned_input
-from common.loop import EMA, Learner, training_loop
+from common.loop import EMA, Learner, load_part, training_loop
 from common.temporal import TemporalOptions, train_temporal_only
 from extra.latents import with_latents
 from extra.plan import dry_run, training_cost
@@ -246,7 +246,7 @@ def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
     content = run.trained(NAME, image.lineage)
     config = config_of(Config, content)
     model = Interpolator(config, image).to(run.device)
-    model.load_state_dict(content["ema"]["shadow"], strict=False)
+    load_part(model, content["ema"]["shadow"], content["path"])
     return model.requires_grad_(False).eval(), config
 
 

@@ -37,7 +37,7 @@ from torch import nn
 from common.blocks import channels_last, sinusoids
 from common.diffusion import Diffusion, in_common
 from common.image_model import ImageModel
-from common.loop import Learner, training_loop
+from common.loop import Learner, load_part, training_loop
 from common.portions import faded, in_portions
 from common.temporal import TemporalOptions, is_temporal, train_temporal_only
 from common.unet import UNet
@@ -308,8 +308,7 @@ def load(run: Run, image: ImageModel) -> tuple[nn.Module, Config]:
     contents = [run.trained(NAME, size_lineage(image), file) for file in ("image.pt", "checkpoint.pt")]
     config = config_of(Config, contents[1])
     model = Upsampler(config).to(run.device)
-    for content in contents:
-        model.load_state_dict(content["ema"]["shadow"], strict=False)
+    load_part(model, contents[0]["ema"]["shadow"] | contents[1]["ema"]["shadow"], contents[1]["path"])
     return model.requires_grad_(False).eval(), config
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from kit.errors import UserError
-from kit.files import LOCKS, lock
+from kit.files import LOCKS, load_checkpoint, lock, save_checkpoint
 from kit.flags import kind_of, preset_config
 from kit.run import Run, known_good, pick_device
 
@@ -58,6 +58,23 @@ def assert_known_good(name: str, out: Path, capsys: pytest.CaptureFixture) -> No
     known_good(finished(name, out), import_module(name).PRESETS)
     said = capsys.readouterr().out
     assert "known-good: " in said and "outside" not in said, said
+
+
+@pytest.mark.parametrize("file", ["05_prediction/checkpoint.pt", "06_interpolation/checkpoint.pt",
+                                  "07_upsampler/image.pt", "07_upsampler/checkpoint.pt"])
+def test_a_weight_that_is_missing_is_said(file: str, course: Path, tmp_path: Path) -> None:
+    """Left as it was initialized, it would give a video that is merely worse."""
+    name = file.split("/")[0]
+    for folder in ("02_image_ldm", name):
+        shutil.copytree(course / folder, tmp_path / folder)
+    content = load_checkpoint(tmp_path / file, "")
+    content["ema"]["shadow"].popitem()
+    save_checkpoint(tmp_path / file, content)
+    run = finished(name, tmp_path)
+    run.config, run.data, run.device = dataclasses.replace(run.config, out=str(tmp_path)), "", torch.device("cpu")
+    image = import_module("02_image_ldm").load(run)
+    with pytest.raises(UserError, match="checkpoint.pt does not fit this network: 1 names missing"):
+        import_module(name).load(run, image)
 
 
 def test_known_good_values_notice_a_broken_run(course: Path, capsys: pytest.CaptureFixture) -> None:
