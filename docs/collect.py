@@ -79,14 +79,17 @@ def copy_small(picture: Path, target: Path) -> None:
 
 def frames_of(picture: Path, step: int, width: int) -> tuple[list[Image.Image], int]:
     """Every step-th frame, at most so wide, and how many milliseconds each is seen."""
-    frames = []
+    frames, seen = [], []
     with Image.open(picture) as image:
         width = min(width, image.width)
         size = width, round(image.height * width / image.width)
-        for i in range(0, getattr(image, "n_frames", 1), step):
+        for i in range(getattr(image, "n_frames", 1)):
             image.seek(i)
             frames.append(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-        return frames, round(step * image.info.get("duration", 100))
+            seen.append(image.info.get("duration", 100))
+    once = min(seen)  # of frames that are alike the file holds one, for longer
+    frames = [frame for frame, long in zip(frames, seen, strict=True) for _ in range(round(long / once))]
+    return frames[::step], step * once
 
 
 def side_by_side(videos: list[Path], target: Path, width: int = 256) -> None:
