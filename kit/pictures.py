@@ -1,5 +1,6 @@
 """Pictures and videos out of tensors: sheets, animations, mp4, and the style of every plot."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,11 +42,18 @@ def sheet(rows: Sequence[torch.Tensor], path: Path, gap: int = 2) -> None:
     save_image(np.concatenate(strips), path)
 
 
+def palette(pixels: np.ndarray) -> Image.Image:
+    """256 colours for h w 3 uint8, by k-means, for median cut gives small red lamps the orange of a large sky. Of large
+    pictures a part is looked at, or it would take ten seconds."""
+    every = math.ceil((pixels.shape[0] * pixels.shape[1] / 200_000) ** 0.5)
+    return Image.fromarray(pixels[::every, ::every].copy()).quantize(256, kmeans=1)
+
+
 def save_image(pixels: np.ndarray, path: Path) -> None:
     """Writes h w 3 uint8 as PNG; a large one with a palette, which keeps it small enough for a README."""
     image = Image.fromarray(pixels)
     if pixels.size > 300_000:
-        image = image.quantize(256, kmeans=1, dither=Image.Dither.NONE)  # without kmeans small red lamps are orange
+        image = image.quantize(palette=palette(pixels), dither=Image.Dither.NONE)
     image.save(path, optimize=True)
 
 
@@ -82,9 +90,8 @@ def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float, quality
     """
     if path.suffix == ".gif":
         frames = list(frames)  # one palette for all: each with its own, still land changes from frame to frame
-        seen = Image.fromarray(np.concatenate(frames[:: -(-len(frames) // 16)]))
-        palette = seen.quantize(256, kmeans=1)
-        images = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+        colours = palette(np.concatenate(frames[:: -(-len(frames) // 16)]))
+        images = (Image.fromarray(frame).quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames)
     else:
         images = (Image.fromarray(frame) for frame in held(frames, levels))
     first = next(images)
