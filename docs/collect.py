@@ -23,7 +23,7 @@ from PIL import Image
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
-from kit.pictures import save_animation  # noqa: E402
+from kit.pictures import save_animation, save_image  # noqa: E402
 
 TARGET = DOCS / "numbers.md"
 LIMIT = 300_000  # bytes of a picture; one over it is tried coarser, then smaller:
@@ -64,14 +64,14 @@ def copy_small(picture: Path, target: Path) -> None:
     still = picture.suffix == ".png"  # large still pictures shrink by width alone
     with Image.open(picture) as image:
         shorten = getattr(image, "n_frames", 1) > LONG
-        if still and image.mode != "P":  # plots, which have few colours
-            image.convert("RGB").quantize(256, kmeans=1).save(target, optimize=True)
-    tries = itertools.product(SMALLER[shorten:], COARSER[:1] if still else COARSER[shorten:])
-    while shorten or target.stat().st_size > LIMIT:
-        (step, width), (quality, levels) = next(tries)
+        if still and image.mode != "P":  # a plot
+            save_image(np.asarray(image.convert("RGB")), target)
+    for (step, width), (quality, levels) in itertools.product(SMALLER[shorten:], COARSER):
+        if target.stat().st_size <= LIMIT and not shorten:
+            return
         frames, pause = frames_of(picture, step, 3 * width if still else width)
         if still:
-            frames[0].quantize(128).save(target, optimize=True)
+            save_image(np.asarray(frames[0]), target)
         else:
             save_animation(map(np.asarray, frames), target, 1000 / pause, quality, levels)
         shorten = False
