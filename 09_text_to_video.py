@@ -53,7 +53,7 @@ from extra.plan import dry_run, training_cost
 from extra.pretrained import SHAPES, StableDiffusion, TextEncoder, check_text_to_image, inspect
 from kit.data import HELD_OUT, Clips, Source, open_data
 from kit.errors import UserError, cli, note
-from kit.files import config_of
+from kit.files import config_of, write_text
 from kit.flags import Amount, Count, Fraction, NoiseLevel, Rate, SamplingSteps, TrainingConfig, Whole, parse
 from kit.measures import colour_change, motion
 from kit.parallel import whole
@@ -386,7 +386,7 @@ def evaluate(run: Run, config: Config, source: Source, image: ImageModel, unet: 
     shown = min(8, config.samples)
     sheet([*video[: min(4, shown)], real.video[0]], run.folder / "captions.png")
     animation(video[:shown], run.folder / "captions.gif", fps)
-    (run.folder / "captions.txt").write_text("\n".join(real.captions[:shown]) + "\n", "utf-8")
+    write_text(run.folder / "captions.txt", "\n".join(real.captions[:shown]) + "\n")
     beyond_training(run, config, image, unet, real)
     strips = []
     for stage, name in enumerate(("T to 4T", "4T to 16T")):

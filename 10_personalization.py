@@ -46,6 +46,7 @@ from extra.plan import dry_run, training_cost
 from extra.pretrained import CaptionTokens
 from kit.data import HELD_OUT, Clips, DrivingScenes, frame_files
 from kit.errors import UserError, cli
+from kit.files import write_text
 from kit.flags import Amount, Count, Fraction, Rate, SamplingSteps, TrainingConfig, Whole, parse, preset_config
 from kit.measures import colour_change, motion
 from kit.media import fitted, open_picture
@@ -303,7 +304,7 @@ def evaluate(run: Run, config: Config, image: ImageModel, tuned, video: nn.Modul
     sheet([row for i in range(min(3, shown)) for row in (ours[i], untuned[i])], run.folder / "videos.png")
     animation(ours[:shown], run.folder / "personalised.gif", config.final_fps / 16)
     animation(untuned[:shown], run.folder / "untuned.gif", config.final_fps / 16)
-    (run.folder / "captions.txt").write_text("\n".join(told.captions[:shown]) + "\n", "utf-8")
+    write_text(run.folder / "captions.txt", "\n".join(told.captions[:shown]) + "\n")
     plot_metrics(run.folder / "metrics.csv", ["instance", "prior"], "DreamBooth")
     print(f"pictures: {run.folder}/instances.png, images.png, videos.png, personalised.gif, untuned.gif")
 

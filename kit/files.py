@@ -1,5 +1,6 @@
 """Files that are there whole or not at all: texts, checkpoints, locks."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -7,6 +8,7 @@ import os
 import secrets
 import shlex
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,11 +24,23 @@ except ImportError:  # Windows
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # small trained weights, made by docs/pack.py; an OUT
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` when it is whole; what was there before stays till then."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")  # libraries go by the suffix
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk's does not say which file
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")  # on Windows it would be something else
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, "utf-8")  # on Windows it would be something else
 
 
 LOCKS: dict[Path, typing.IO] = {}  # of this process; the system releases them when it ends, however it ends
