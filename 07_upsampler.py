@@ -298,7 +298,7 @@ PRESETS: dict[str, dict] = {
     "paper": dict(patch=64, fps=4.0, channels=160, multipliers=(1, 2, 4, 4), depth=2, attention=(8,), output_norm=True,
                   level_dim=768, known_features=128, alpha_frames=8, image_steps=84_000, image_batch=32,
                   image_lr=1e-5, steps=84_000, batch=16, lr=1e-4, warmup=1, ema_decay=0.9999, ddim_steps=50, power=1.0,
-                calm=False),
+                  calm=False),
 }
 PRESETS["biking"] = PRESETS["paper"]  # the paper trained none for Mountain Biking
 
