@@ -152,7 +152,7 @@ def summary(results: dict, tables: Tables, claims: Sequence[Claim]) -> str:
     checks = {network for network, table in readers if table == "checks"}
     if others := sorted({table for network, table in readers if network not in checks} if checks else ()):
         checked += (f" They are of the clip reader in checkpoints/; the toy-FVD of {', '.join(others)} was "
-                    "read by an earlier one, which hardly saw time; the command measures those rows again.")
+                    "read by another one; the command measures those rows again.")
     return "\n".join([*lines, "", checked, "", markdown(results, tables, claims)])
 
 
