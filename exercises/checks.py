@@ -349,7 +349,7 @@ def iterated(f: Callable) -> Observed:
 
 
 def lessons_iteration(predict, first, count):
-    settings = SimpleNamespace(ddim_steps=1, guidance=0)
+    settings = SimpleNamespace(ddim_steps=1, guidance=0, anchor=False)
     with mock.patch.multiple(lesson05, load=lambda run, image: (None, settings),
                              predict_clips=lambda unet, image, known, *a, **k: predict(known)):
         stream = lesson08.key_frames(None, settings, None, first, None, 0)

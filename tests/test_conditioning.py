@@ -1,5 +1,6 @@
 """What the models are told: masks leak nothing, patches are the same in all frames, portions cover a video."""
 
+import itertools
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from tests.test_network import randomise
 
 lesson02, lesson03, lesson04 = (import_module(n) for n in ("02_image_ldm", "03_temporal_layers", "04_decoder_finetune"))
 lesson05, lesson06, lesson07 = (import_module(n) for n in ("05_prediction", "06_interpolation", "07_upsampler"))
+lesson08 = import_module("08_sample_long")
 
 
 def smoke_image() -> object:
@@ -220,3 +222,20 @@ def test_clips_repeat_pick_and_join() -> None:
 def test_clips_carry_speed_and_curvature() -> None:
     clips = DrivingScenes(16, 32, 30.0).clips((0,), 6, 2, 30.0)
     assert clips.speed.min() >= 3 and clips.speed.max() <= 9 and len(clips.curvature.unique()) > 1
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+def test_an_error_that_known_frames_come_back_with_does_not_add_up(anchor: bool,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that makes everything a little brighter, the known frames among it: 8 frames, then 6 an extension."""
+
+    def brighter(unet: None, image: None, known: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return torch.cat([known, known[:, -1:].expand(-1, 8 - known.shape[1], -1, -1, -1)], 1) + 0.1
+
+    monkeypatch.setattr(lesson05, "load", lambda run, image: (None, SimpleNamespace(ddim_steps=1)))
+    monkeypatch.setattr(lesson05, "predict_clips", brighter)
+    config = preset_config(lesson08.Config, lesson08.PRESETS, "cpu", anchor=anchor)
+    frames = lesson08.key_frames(None, config, None, torch.zeros(1, 4, 2, 2), conditions(1), 0)
+    levels = [float(frame.mean()) for frame in itertools.islice(frames, 20)]
+    assert levels[:8] == pytest.approx([0, *[0.1] * 7])  # the first clip is left as it comes
+    assert levels[8:] == pytest.approx([0.1] * 12 if anchor else [*[0.2] * 6, *[0.3] * 6])
