@@ -41,7 +41,7 @@ from common.loop import EMA, adamw, clip_and_warm_up, load_part, training_loop
 from common.temporal import is_temporal
 from extra.plan import dry_run
 from kit.errors import cli
-from kit.files import load_checkpoint, whole
+from kit.files import load_checkpoint, replacing
 from kit.flags import BaseConfig, Count, Fraction, Rate, SamplingSteps, Whole, parse
 from kit.run import Run, known_good
 
@@ -315,7 +315,7 @@ def draw_figure(folder: Path, diffusion: Diffusion, times: list[int], paths: dic
     figure.subplots_adjust(0, 0, 1, 0.93, 0)
     moving = [draw_box(ax, diffusion, times, path, title, aligned=box == 1)
               for box, (ax, (title, path)) in enumerate(zip(axes, paths.items(), strict=True))]
-    with whole(folder / "figure2.png") as part:
+    with replacing(folder / "figure2.png") as part:
         figure.savefig(part, dpi=110, pil_kwargs={"optimize": True})
     # Walls are drawn once and kept; each picture of the animation adds its paths to the copy
     figure.set_dpi(70)
@@ -340,7 +340,7 @@ def draw_figure(folder: Path, diffusion: Diffusion, times: list[int], paths: dic
         pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
     palette = pictures[-1].quantize(64)
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    with whole(folder / "figure2.gif") as part:
+    with replacing(folder / "figure2.gif") as part:
         pictures[0].save(part, save_all=True, append_images=pictures[1:], loop=0,
                          duration=[70] * (len(pictures) - 1) + [2500])
     plt.close(figure)

@@ -93,7 +93,7 @@ def key_frames(
             unet, image, known, labels, settings, run, "key", future, extension, guidance=config.guidance or None
         )
         s = known.shape[1]
-        if config.anchor and extension:
+        if config.anchor and extension:  # the first clip's error has none before it to add up with
             clip = clip - (clip[:, :s] - known).mean(1, keepdim=True)
         yield from clip[0, s:]
         known = clip[:, -2:]

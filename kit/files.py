@@ -25,7 +25,7 @@ CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # small trained weig
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` when it is whole; what was there before stays till then."""
     part = path.with_name(f"{path.stem}.part{path.suffix}")  # libraries go by the suffix
     try:
@@ -39,7 +39,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole(path) as part:
+    """Writes a small file whole or not at all."""
+    with replacing(path) as part:
         part.write_text(text, "utf-8")  # on Windows it would be something else
 
 

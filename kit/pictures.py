@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 
 from kit.errors import UserError
-from kit.files import whole
+from kit.files import replacing
 from kit.media import BT601, BT709, HD, LIMITED
 
 matplotlib.use("Agg")  # no screen on a cluster
@@ -55,7 +55,7 @@ def save_image(pixels: np.ndarray, path: Path) -> None:
     image = Image.fromarray(pixels)
     if pixels.size > 300_000:
         image = image.quantize(palette=palette(pixels), dither=Image.Dither.NONE)
-    with whole(path) as part:
+    with replacing(path) as part:
         image.save(part, optimize=True)
 
 
@@ -99,7 +99,7 @@ def save_animation(frames: Iterable[np.ndarray], path: Path, fps: float, quality
     first = next(images)
     # kmax: by itself WebP draws every fifth frame anew, not from the one before, and the whole picture pulses with it;
     # lossless: colours are kept at half the sharpness else, which is seen in small pictures, and flickers
-    with whole(path) as part:
+    with replacing(path) as part:
         first.save(part, save_all=True, append_images=images, duration=round(1000 / fps), loop=0, quality=quality,
                    method=3, kmin=0, kmax=0, lossless=first.width < SMALL)
 
@@ -141,7 +141,7 @@ class VideoWriter:
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    with whole(path) as part:
+    with replacing(path) as part:
         figure.savefig(part)
     plt.close(figure)
 
